@@ -1,0 +1,204 @@
+"""Arithmetic on whole trees that `optax.tree` lacks, and the checks that all parts share."""
+
+import functools
+import math
+import numbers
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sam_optax._types import ScalarOrSchedule
+
+
+def accumulator(*trees: Any) -> Any:
+    """Dtype in which these trees' scalars are computed: float32, or float64 if a leaf is that."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees))
+
+
+def upcast(tree: Any) -> Any:
+    """Every leaf in float32 at least."""
+    return jax.tree.map(lambda x: jnp.asarray(x, accumulator(x)), tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Every leaf in the dtype of its counterpart."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+
+
+class Magnitude(NamedTuple):
+    """A norm in two factors, ``largest * sqrt(square)``, neither of which can overflow.
+
+    Attributes:
+        largest: max |x|, or 1 where that is 0 or not finite.
+        square: sum of (x / largest)^2.
+    """
+
+    largest: jax.Array
+    square: jax.Array
+
+    @property
+    def norm(self) -> jax.Array:
+        """The L2 norm."""
+        # The gradient of sqrt at 0 is infinite: the inner `where` keeps it out of the derivative.
+        empty = self.square == 0
+        return jnp.where(empty, 0, self.largest * jnp.sqrt(jnp.where(empty, 1, self.square)))
+
+
+def total(terms: list[jax.Array], dtype: Any) -> jax.Array:
+    """Sum of scalars; 0 for none."""
+    return functools.reduce(operator.add, terms, jnp.zeros((), dtype))
+
+
+def magnitude(tree: Any) -> Magnitude:
+    """L2 norm over all leaves at once, safe against under- and overflow of the squares."""
+    dtype = accumulator(tree)
+    leaves = [jnp.asarray(x, dtype) for x in jax.tree.leaves(tree)]
+    peaks = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
+    largest = functools.reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
+    largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return Magnitude(largest, total([jnp.sum(jnp.square(x / largest)) for x in leaves], dtype))
+
+
+def norm(tree: Any) -> jax.Array:
+    """Global L2 norm, in float32 at least."""
+    return magnitude(tree).norm
+
+
+def scaled_vdot(a: Any, b: Any, scale_a: jax.Array, scale_b: jax.Array) -> jax.Array:
+    """Inner product of ``a / scale_a`` and ``b / scale_b``."""
+    dtype = accumulator(a, b)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    products = [
+        jnp.sum((jnp.asarray(x, dtype) / scale_a) * (jnp.asarray(y, dtype) / scale_b))
+        for x, y in pairs
+    ]
+    return total(products, dtype)
+
+
+def divide(numerator: Any, denominator: Any) -> jax.Array:
+    """Quotient; 0 where the denominator is 0."""
+    empty = denominator == 0
+    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
+
+
+def cosine(a: Any, b: Any) -> jax.Array:
+    """Cosine of the angle between two trees; 0 if one of them is zero."""
+    size_a, size_b = magnitude(a), magnitude(b)
+    inner = scaled_vdot(a, b, size_a.largest, size_b.largest)
+    return divide(inner, jnp.sqrt(size_a.square) * jnp.sqrt(size_b.square))
+
+
+def component_along(a: Any, b: Any) -> jax.Array:
+    """Coefficient c for which c b is the projection of ``a`` onto ``b``; 0 if b = 0."""
+    size_a, size_b = magnitude(a), magnitude(b)
+    inner = scaled_vdot(a, b, size_a.largest, size_b.largest)
+    # Same sums above and below the line: c is exactly 1 when a and b are the same numbers.
+    return divide(inner, size_b.square) * (size_a.largest / size_b.largest)
+
+
+def reject(a: Any, b: Any) -> Any:
+    """Component of ``a`` orthogonal to ``b``, in float32 at least."""
+    along = component_along(a, b)
+    return jax.tree.map(lambda x, y: x - along * y, upcast(a), upcast(b))
+
+
+def value_at(hyperparameter: ScalarOrSchedule | None, step: Any) -> Any:
+    """A hyperparameter's value at a step, whether it is a number or a schedule."""
+    return hyperparameter(step) if callable(hyperparameter) else hyperparameter
+
+
+def is_hole(x: Any) -> bool:
+    """Whether a subtree stands for a leaf that a mask left out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def prune(tree: Any, like: Any) -> Any:
+    """``tree``, with the holes of ``like``."""
+    return jax.tree.map(lambda x, y: y if is_hole(y) else x, tree, like)
+
+
+def resolve_mask(mask: Any, params: Any, function: str, name: str = "mask") -> Any:
+    """A mask, given as a tree, a prefix or a function of ``params``, as one bool for every leaf."""
+
+    def spread(keep, subtree):
+        traced = isinstance(keep, jax.core.Tracer)
+        if traced or jnp.shape(keep) or jnp.result_type(keep) != jnp.dtype(bool):
+            raise TypeError(
+                f"{function}: every leaf of `{name}` must be one bool, known when tracing; got "
+                f"{keep!r}."
+            )
+        return jax.tree.map(lambda _: bool(keep), subtree)
+
+    tree = mask(params) if callable(mask) else mask
+    try:
+        return jax.tree.map(spread, tree, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{function}: `{name}` must be a tree of bools like params, or a prefix of it. {error}"
+        ) from None
+
+
+def punch(mask: Any, tree: Any) -> Any:
+    """``tree``, with a hole at every leaf where a full ``mask`` is False; all of it for None."""
+    if mask is None:
+        return tree
+    return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), mask, tree)
+
+
+def check_number(
+    function: str,
+    argument: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raise unless a Python number lies in its range; schedules and arrays cannot be compared."""
+    if not integer and callable(value):
+        return
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
+        return
+    kind = numbers.Integral if integer else numbers.Real
+    open_high = open_high or math.isinf(high)
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    wanted = f"{'an integer' if integer else 'a number'} in {interval}"
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted += "" if integer else " or an Optax schedule"
+        raise TypeError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
+    number = float(value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below):
+        raise ValueError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
+
+
+def check_like(tree: Any, params: Any, function: str, name: str) -> None:
+    """Raise, naming the first path that differs, unless a tree has the shapes of ``params``."""
+    got, wanted = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (tree, params)
+    )
+    for path in wanted | got:
+        if path not in got or path not in wanted:
+            side, other = (name, "params") if path in got else ("params", name)
+            raise ValueError(
+                f"{function}: {name} must be a tree like params, but {side} has a leaf at "
+                f"`{path or '.'}` that {other} lacks."
+            )
+        if jnp.shape(got[path]) != jnp.shape(wanted[path]):
+            raise ValueError(
+                f"{function}: {name} must have the shapes of params, but at `{path or '.'}` it has "
+                f"{jnp.shape(got[path])} instead of {jnp.shape(wanted[path])}."
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(params):
+        raise ValueError(
+            f"{function}: {name} must be a tree like params, but its containers differ: "
+            f"{jax.tree.structure(tree)} instead of {jax.tree.structure(params)}."
+        )
