@@ -119,9 +119,9 @@ def _check_params(params: Any) -> None:
     """Raise unless these are parameters that can be perturbed: all of them, real and floating."""
     if any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
         raise ValueError(
-            "sharpness_aware: `optax.masked` or `optax.partition` around it hides leaves, so "
-            "that `grad_fn` would not get whole parameters. Put sharpness_aware outside: `mask=` chooses "
-            "the perturbed leaves, and the masked transformation can be its `base`."
+            "sharpness_aware: `optax.masked` or `optax.partition` around it hides leaves, and "
+            "`grad_fn` would not get whole parameters. Put sharpness_aware outside: `mask=` "
+            "chooses the perturbed leaves, and the masked transformation can be its `base`."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
