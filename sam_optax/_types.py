@@ -46,10 +46,13 @@ class Policy(NamedTuple):
         init: ``init(params) -> state``.
         decide: ``decide(g, step, state) -> (ascend, state)``, once per step. ``ascend`` is a
             bool[]; a NumPy bool is a decision at trace time, and then no ``cond`` is built.
+        needs_gradient: whether ``decide`` reads ``g``. Where it does not, a step dispatched from
+            the host knows its decisions before the gradients.
     """
 
     init: Callable[[Any], Any]
     decide: Callable[[Any, Any, Any], tuple[Any, Any]]
+    needs_gradient: bool = True
 
 
 class SharpnessInfo(NamedTuple):

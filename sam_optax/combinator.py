@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sam_optax._axes import average, axis_names, tracked, vary, varying
 from sam_optax._tree import (
     accumulator,
     cast_like,
@@ -52,6 +53,7 @@ class SharpnessAware(optax.GradientTransformationExtraArgs):
 
     Attributes:
         policy: its policy.
+        axes: the names in its ``axis_name``.
         advance: ``update`` with an explicit evaluation, ``advance(updates, state, params, evaluate,
             aux, extra_args, axes=(), ascend=None) -> (updates, state, aux)``: ``aux`` comes out as
             the perturbed evaluation's where the step ascended. ``axes`` are averaged over beside
@@ -59,6 +61,7 @@ class SharpnessAware(optax.GradientTransformationExtraArgs):
     """
 
     policy: Policy
+    axes: tuple
     advance: Callable
 
 
@@ -67,41 +70,6 @@ class _Outcome(NamedTuple):
     surrogate: Any
     info: SharpnessInfo
     aux: Any
-
-
-def _axes(axis_name: Any) -> tuple:
-    if axis_name is None:
-        return ()
-    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-
-
-def _varying(x: Any) -> frozenset:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _tracked(axes: tuple) -> tuple:
-    """Those axes for which ``shard_map(check_vma=True)`` tracks what differs between devices."""
-    return tuple(a for a in axes if a in _varying(jax.lax.axis_index(a)))
-
-
-def _vary(tree: Any, axes: tuple) -> Any:
-    """Mark a point as different on every device: there ``jax.grad`` does not sum over devices."""
-
-    def mark(x):
-        missing = tuple(a for a in axes if a not in _varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)
-
-
-def _mean(tree: Any, axes: tuple) -> Any:
-    """Average of the float leaves over the axes; the other leaves do not depend on the shard."""
-    if not axes:
-        return tree
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axes) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x,
-        tree,
-    )
 
 
 def _info(dtype: Any, **known: Any) -> SharpnessInfo:
@@ -277,7 +245,7 @@ def sharpness_aware(
         check_number("sharpness_aware", "learning_rate", learning_rate)
     inner = optax.with_extra_args_support(base)
     ascent = optax.with_extra_args_support(perturbation)
-    device_axes = _axes(axis_name)
+    device_axes = axis_names(axis_name)
 
     def keep(params):
         # An empty tree has nothing to mask; `optax.tree.map_params` calls `init` with one.
@@ -305,17 +273,17 @@ def sharpness_aware(
         _check_params(params)
         check_like(updates, params, "sharpness_aware", "the clean gradient")
         axes = device_axes + tuple(axes)
-        tracked = _tracked(axes)
+        live = tracked(axes)
 
         def evaluate_here(point):
-            value, gradient, extra = evaluate(_vary(point, tracked))
+            value, gradient, extra = evaluate(vary(point, live))
             _check_evaluation(value, gradient, params)
             return value, gradient, extra
 
         own = updates
-        if any(set(tracked) - _varying(x) for x in jax.tree.leaves(updates)):
+        if any(set(live) - varying(x) for x in jax.tree.leaves(updates)):
             own = evaluate_here(params)[1]
-        g = _mean(own, axes)
+        g = average(own, axes)
         seen = upcast(g if sync_perturbation else own)
         chosen = keep(params)
         dtype = accumulator(params)
@@ -327,7 +295,7 @@ def sharpness_aware(
                 punch(chosen, params),
                 **(extra_args | {"step": state.step}),
             )
-            return eps, cast_like(_mean(moved, axes), state.perturbation)
+            return eps, cast_like(average(moved, axes), state.perturbation)
 
         def fresh(eps):
             def shift(e, p):
@@ -336,16 +304,16 @@ def sharpness_aware(
             perturbed = jax.tree.map(shift, eps, params, is_leaf=is_hole)
             applied = jax.tree.map(lambda q, p: upcast(q) - upcast(p), perturbed, params)
             value, gradient, extra = evaluate_here(perturbed)
-            gp = _mean(gradient, axes)
+            gp = average(gradient, axes)
             direction, moved = surrogate.fresh(g, gp, state.step, state.surrogate)
             info = _info(
                 dtype,
                 ascended=True,
                 grad_norm=norm(g),
-                perturbation_norm=_mean(norm(punch(chosen, applied)), axes),
+                perturbation_norm=average(norm(punch(chosen, applied)), axes),
                 perturbed_grad_norm=norm(gp),
                 cosine=cosine(g, gp),
-                perturbed_value=_mean(jnp.asarray(value, dtype), axes),
+                perturbed_value=average(jnp.asarray(value, dtype), axes),
             )
             return _Outcome(direction, moved, info, extra)
 
@@ -396,5 +364,6 @@ def sharpness_aware(
 
     transformation = SharpnessAware(init, update)
     transformation.policy = policy
+    transformation.axes = device_axes
     transformation.advance = advance
     return transformation

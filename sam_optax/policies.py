@@ -18,7 +18,9 @@ from sam_optax._types import Policy, ScalarOrSchedule
 
 
 def _stateless(decide) -> Policy:
-    return Policy(lambda params: (), lambda g, step, state: (decide(step), state))
+    return Policy(
+        lambda params: (), lambda g, step, state: (decide(step), state), needs_gradient=False
+    )
 
 
 def always() -> Policy:
@@ -240,4 +242,4 @@ def from_step(start: int, policy: Policy) -> Policy:
         ascend, state = policy.decide(g, step, state)
         return (step >= start) & ascend, state
 
-    return Policy(policy.init, decide)
+    return Policy(policy.init, decide, policy.needs_gradient)
