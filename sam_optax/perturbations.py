@@ -469,6 +469,13 @@ def reject_from() -> optax.GradientTransformationExtraArgs:
     return _stateless(displace)
 
 
+def _leaf_keys(key: jax.Array, step: Any, tree: Any) -> Any:
+    """One key for every leaf, of this step."""
+    structure = jax.tree.structure(tree)
+    keys = jax.random.split(jax.random.fold_in(key, step), max(structure.num_leaves, 1))
+    return jax.tree.unflatten(structure, list(keys)[: structure.num_leaves])
+
+
 def random_mask(
     key: jax.Array,
     beta: ScalarOrSchedule,
@@ -515,13 +522,70 @@ def random_mask(
 
     def displace(g, params, step, **extra_args):
         share = value_at(beta, step)
-        leaves, structure = jax.tree.flatten(g)
-        keys = jax.random.split(jax.random.fold_in(key, step), max(len(leaves), 1))
-        kept = [
-            jax.random.uniform(k, x.shape if granularity == "element" else (), jnp.float32) < share
-            for k, x in zip(keys, leaves, strict=False)
-        ]
-        masked = [jnp.where(keep, x / share, 0) for keep, x in zip(kept, leaves, strict=True)]
-        return jax.tree.unflatten(structure, masked)
+
+        def draw(x, key):
+            shape = x.shape if granularity == "element" else ()
+            keep = jax.random.uniform(key, shape, jnp.float32) < share
+            return jnp.where(keep, x / share, 0)
+
+        return jax.tree.map(draw, g, _leaf_keys(key, step, g))
+
+    return _stateless(displace)
+
+
+def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Round w + eps to the parameters' dtype at random, so that its mean is w + eps.
+
+    .. math:: \epsilon' = r - w, \qquad r \in \{\lfloor w + \epsilon \rfloor,
+              \lceil w + \epsilon \rceil\}, \qquad \mathbb{E}\, r = w + \epsilon
+
+    where the brackets are the neighbouring numbers of the parameters' dtype. Chained last. A
+    bfloat16 weight has 8 bits: w + eps, rounded to nearest, is w itself for every eps below
+    |w| / 512 or so. Rounded at random, those displacements survive in the mean, and add noise of
+    the size of the rounding. Parameters in float32, cast to bfloat16 inside the loss, need none of
+    it.
+
+    Args:
+        key: a PRNG key (typed or legacy uint32). The draw depends on ``key`` and ``step`` alone.
+
+    Returns:
+        A stateless transformation; ``update`` needs ``params``. Leaves in float32 or float64 pass
+        unchanged. Cost: random bits for every element in a shorter dtype.
+
+    Raises:
+        ValueError: ``params`` is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.stochastic_rounding(jax.random.key(0))
+        >>> w = jnp.ones(10_000, jnp.bfloat16)
+        >>> eps = jnp.full(10_000, 1 / 1024)  # an eighth of the spacing above 1
+        >>> rounded, _ = part.update(eps, part.init(w), w, step=0)
+        >>> print(jnp.unique(rounded), bool(abs(jnp.mean(rounded) * 1024 - 1) < 0.1))
+        [0.        0.0078125] True
+
+    References:
+        Croci et al., `Stochastic Rounding: Implementation, Error Analysis and Applications
+        <https://royalsocietypublishing.org/doi/10.1098/rsos.211631>`_, 2022.
+    """
+
+    def displace(eps, params, step, **extra_args):
+        if params is None:
+            raise ValueError("stochastic_rounding: it rounds w + eps; pass `params` to `update`.")
+
+        def draw(e, p, key):
+            dtype = jnp.result_type(p)
+            if jnp.finfo(dtype).bits >= 32:
+                return e
+            w = upcast(p)
+            nearest = (w + e).astype(dtype)
+            error = (w + e) - upcast(nearest)
+            other = jnp.nextafter(nearest, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype))
+            chance = jnp.abs(error) / jnp.abs(upcast(other) - upcast(nearest))
+            pick = jax.random.uniform(key, jnp.shape(e), jnp.float32) < chance
+            return upcast(jnp.where(pick, other, nearest)) - w
+
+        return jax.tree.map(draw, eps, params, _leaf_keys(key, step, eps))
 
     return _stateless(displace)
