@@ -180,6 +180,14 @@ def check_number(
         raise ValueError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
 
 
+def check_key(function: str, key: Any) -> None:
+    """Raise unless this is a PRNG key."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{function}: `key` must be a PRNG key such as jax.random.key(0), got {key!r}."
+        )
+
+
 def check_like(tree: Any, params: Any, function: str, name: str) -> None:
     """Raise, naming the first path that differs, unless a tree has the shapes of ``params``."""
     got, wanted = (

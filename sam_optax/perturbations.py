@@ -19,6 +19,7 @@ import optax
 
 from sam_optax._tree import (
     cast_like,
+    check_key,
     check_like,
     check_number,
     component_along,
@@ -514,6 +515,7 @@ def random_mask(
     .. note:: Differences. The authors' code draws per tensor, and normalizes over what was kept:
         ``chain(random_mask(key, beta, "tensor"), steepest_ascent(rho / beta))``.
     """
+    check_key("random_mask", key)
     check_number("random_mask", "beta", beta, high=1, open_low=True)
     if granularity not in ("element", "tensor"):
         raise ValueError(
@@ -569,6 +571,8 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
         Croci et al., `Stochastic Rounding: Implementation, Error Analysis and Applications
         <https://royalsocietypublishing.org/doi/10.1098/rsos.211631>`_, 2022.
     """
+
+    check_key("stochastic_rounding", key)
 
     def displace(eps, params, step, **extra_args):
         if params is None:

@@ -79,7 +79,11 @@ def sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -138,7 +142,11 @@ def asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -194,7 +202,11 @@ def fisher_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -237,8 +249,7 @@ def gsam(
     axis_name: Any = None,
     sync_perturbation: bool = False,
 ) -> _Transformation:
-    r"""Surrogate gap guided SAM: descend on the perturbed loss and shrink the surrogate gap as
-    well.
+    r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
               \qquad d = g_p - \alpha \Bigl(g - \frac{\langle g, g_p \rangle}{\lVert g_p \rVert^2}
@@ -252,7 +263,11 @@ def gsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. One more inner product than SAM.
 
@@ -273,7 +288,7 @@ def gsam(
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
 
-    .. note:: Differences. The authors' JAX code forms eps and d per device; `axis_name` here
+    .. note:: Differences. The authors' JAX code forms eps and d per device; ``axis_name`` here
         averages the two gradients before the rule combines them.
     """
     return sharpness_aware(
@@ -310,7 +325,11 @@ def wsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. One more copy of the parameters than SAM within
     the step.
@@ -371,7 +390,11 @@ def coupled_wsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
 
@@ -426,7 +449,11 @@ def stable_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
@@ -445,8 +472,8 @@ def stable_sam(
 
     References:
         Tan et al., `Stabilizing Sharpness-Aware Minimization Through a Simple Renormalization
-        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024,
-        Algorithm 1; ``clip``: Remark 19.
+        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024, Algorithm 1; ``clip``:
+        Remark 19.
 
     .. note:: Differences. As Algorithm 1 and the authors' code, the factor acts in both
         directions, though the text speaks of a norm that "does not exceed" the clean one.
@@ -489,7 +516,11 @@ def stable_asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
@@ -553,7 +584,11 @@ def friendly_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -621,7 +656,11 @@ def friendly_asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -685,7 +724,11 @@ def look_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent keeps the reused component.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least),
     replaced on ascents.
@@ -705,8 +748,8 @@ def look_sam(
 
     References:
         Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-        <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, as restated in
-        Section 2 and Algorithm 1 of the AE-SAM paper.
+        <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, as restated in Section 2 and
+        Algorithm 1 of the AE-SAM paper.
 
     .. note:: Differences. Norms and inner products run over the whole tree; several public ports
         take them per tensor. No code of the authors is public. The reused direction ages: with
@@ -747,7 +790,11 @@ def ss_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent moves `base`, `step` and `info` alone.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + ``probability`` gradients per step; nothing stored.
 
@@ -792,8 +839,7 @@ def ae_sam(
     axis_name: Any = None,
     sync_perturbation: bool = False,
 ) -> _Transformation:
-    r"""AE-SAM: SAM where the gradient norm says that the landscape is sharp, else the base
-    optimizer.
+    r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
     .. math:: d = \nabla L(w + \rho\, g / \lVert g \rVert_2) \;\text{ if }\; \lVert g \rVert^2 \ge
               \mu_t + c_t \sigma_t \;\text{ else }\; g
@@ -808,7 +854,11 @@ def ae_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent moves the policy's averages all the same.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents (about one half in the paper); two
     scalars stored.
@@ -878,7 +928,12 @@ def ae_look_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent keeps the reused component and moves the policy's
+        averages.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents; one copy of the parameters stored
     (float32 at least), replaced on ascents.
@@ -939,7 +994,11 @@ def vasso(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -995,7 +1054,11 @@ def gnp(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
 
