@@ -122,7 +122,7 @@ def _is_weight(path: tuple) -> bool:
 def adaptive_ascent(
     rho: ScalarOrSchedule, eta: ScalarOrSchedule, adaptive_mask: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Steepest ascent in a ball that scales with the weights: ASAM's neighbourhood.
+    r"""Steepest ascent in a ball that scales with the weights: ASAM's neighborhood.
 
     `steepest_ascent` with :math:`t = |w| + \eta` on the leaves of ``adaptive_mask`` and t = 1 on
     the others. With ``eta = 0``, rescaling the weights of two layers against each other, so that
