@@ -211,9 +211,7 @@ def run(
     for t, shards in enumerate(losses):
         own = [loss(w)[1] for loss in shards]
         g = np.mean(own, axis=0)
-        moved = [
-            method.perturbation((g if sync else gi)[kept], w[kept], t, m) for gi in own
-        ]
+        moved = [method.perturbation((g if sync else gi)[kept], w[kept], t, m) for gi in own]
         ascend, s = method.policy(g, t, s)
         gp, value, size = None, np.nan, 0.0
         if ascend:

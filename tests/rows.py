@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.flatten_util import ravel_pytree
-from problems import Problem, flat
+from problems import Problem, flat, mlp
 
 import sam_optax
 from sam_optax import sharpness_aware
@@ -201,9 +202,7 @@ ROWS = (
     Row(
         "ae_sam",
         _named(sam_optax.ae_sam, TOTAL),
-        lambda f, rho: _method(
-            np_parts.ball(rho), policy=np_parts.sharp(TOTAL, -1.0, 1.0, 0.9)
-        ),
+        lambda f, rho: _method(np_parts.ball(rho), policy=np_parts.sharp(TOTAL, -1.0, 1.0, 0.9)),
     ),
     Row(
         "ae_look_sam",
@@ -286,6 +285,8 @@ ROWS = (
     ),
 )
 
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
 METHODS = {
     name: function
     for name in sam_optax.__all__
@@ -327,3 +328,53 @@ def oracle(row: Row, problem: Problem, *, shards: int = 1, sync: bool = False, m
         sync=sync,
     )
     return list(steps)
+
+
+@functools.cache
+def problem64() -> Problem:
+    return mlp().cast(np.float64)
+
+
+@functools.cache
+def problem32() -> Problem:
+    return mlp().cast(np.float32)
+
+
+def as_steps(info: sam_optax.SharpnessInfo) -> np.ndarray:
+    """Stacked info as an array: (steps, fields)."""
+    return np.stack([np.asarray(field, np.float64) for field in info], axis=-1)
+
+
+def step_fn(row: Row, tx: Any, problem: Problem):
+    """``(params, state, batch) -> (params, state)``, with the loss known."""
+    extra = row.extra(problem)
+
+    def step(params, state, batch):
+        evaluate = jax.value_and_grad(lambda p: problem.loss(p, batch))
+        grads = evaluate(params)[1]
+        updates, state = tx.update(grads, state, params, value_and_grad_fn=evaluate, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def scan(row: Row, tx: Any, problem: Problem, batches: Any = None):
+    """All steps under `lax.scan`: the last params and state, and (params, info) of every step."""
+    step = step_fn(row, tx, problem)
+
+    def body(carry, batch):
+        params, state = step(*carry, batch)
+        return (params, state), (params, state.info)
+
+    start = (problem.params, tx.init(problem.params))
+    return jax.lax.scan(body, start, problem.batches if batches is None else batches)
+
+
+def expected(steps):
+    """The oracle's parameters, and its info."""
+    return np.stack([s.w for s in steps]), np.array([s[1:] for s in steps], float)
+
+
+def trajectory(params: Any) -> np.ndarray:
+    """Stacked parameters as an array: (steps, parameters)."""
+    return np.asarray(jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params))

@@ -1,65 +1,37 @@
 """Every row of the table against every line of the contract that an Optax transformation signs."""
 
 import functools
-from typing import Any
+import inspect
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from absl.testing import parameterized
-from jax.sharding import AxisType, PartitionSpec
-from problems import Problem, flat, mlp, odd_trees, spec
-from rows import LEARNING_RATE, METHODS, RHO, ROWS, Row, base, oracle
+from problems import flat, mlp, spec
+from rows import (
+    LEARNING_RATE,
+    METHODS,
+    RHO,
+    ROWS,
+    Row,
+    as_steps,
+    base,
+    every_row,
+    expected,
+    oracle,
+    problem32,
+    problem64,
+    scan,
+    step_fn,
+    trajectory,
+)
 
-import sam_optax
-from sam_optax import policies, sharpness_aware, surrogates
-from sam_optax.perturbations import steepest_ascent
-
-SHARDS = 4
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
-
-def as_steps(info: sam_optax.SharpnessInfo) -> np.ndarray:
-    """Stacked info as an array: (steps, fields)."""
-    return np.stack([np.asarray(field, np.float64) for field in info], axis=-1)
-
-
-def step_fn(row: Row, tx: Any, problem: Problem):
-    """``(params, state, batch) -> (params, state)``, with the loss known."""
-    extra = row.extra(problem)
-
-    def step(params, state, batch):
-        evaluate = jax.value_and_grad(lambda p: problem.loss(p, batch))
-        grads = evaluate(params)[1]
-        updates, state = tx.update(grads, state, params, value_and_grad_fn=evaluate, **extra)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def scan(row: Row, tx: Any, problem: Problem, batches: Any = None):
-    """All steps under `lax.scan`: the last params and state, and (params, info) of every step."""
-    step = step_fn(row, tx, problem)
-
-    def body(carry, batch):
-        params, state = step(*carry, batch)
-        return (params, state), (params, state.info)
-
-    start = (problem.params, tx.init(problem.params))
-    return jax.lax.scan(body, start, problem.batches if batches is None else batches)
-
-
-def expected(steps):
-    """The oracle's parameters, and its info."""
-    return np.stack([s.w for s in steps]), np.array([s[1:] for s in steps], float)
-
-
-def trajectory(params: Any) -> np.ndarray:
-    """Stacked parameters as an array: (steps, parameters)."""
-    return np.asarray(jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params))
+from sam_optax import sharpness_aware
 
 
 class TestTrajectories(chex.TestCase):
@@ -82,16 +54,6 @@ class TestTrajectories(chex.TestCase):
             np.testing.assert_allclose(np.stack(walked), w, rtol=1e-10, atol=1e-12)
             np.testing.assert_allclose(np.stack(seen), info, rtol=1e-10, atol=1e-12)
             assert int(state.step) == problem.steps
-
-
-@functools.cache
-def problem64() -> Problem:
-    return mlp().cast(np.float64)
-
-
-@functools.cache
-def problem32() -> Problem:
-    return mlp().cast(np.float32)
 
 
 @functools.cache
@@ -137,107 +99,290 @@ def test_vmap(row):
     chex.assert_trees_all_close(together, stacked, rtol=1e-4, atol=1e-5)
 
 
-def mesh(shape=(SHARDS,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+def test_the_table_is_complete():
+    assert METHODS.keys() <= {row.name.partition(",")[0] for row in ROWS}
 
 
-def over_shard_map(local, batches, check_vma):
-    """``local(batches of a shard)`` on four devices; all must agree about what it returns."""
-    everywhere, split = PartitionSpec(), PartitionSpec(None, "data")
-    run = jax.shard_map(
-        lambda b: local(jax.tree.map(lambda x: x[:, 0], b)),
-        mesh=mesh(),
-        in_specs=(split,),
-        out_specs=everywhere,
-        check_vma=check_vma,
-    )
-    return jax.jit(run)(batches)
+def jitted_step(row: Row, tx: optax.GradientTransformation, **jit_options):
+    return jax.jit(step_fn(row, tx, problem32()), **jit_options)
 
 
-def over_pmap(local, batches):
-    run = jax.pmap(local, axis_name="data", in_axes=1, devices=jax.devices()[:SHARDS])
-    every = jax.tree.map(np.asarray, run(batches))
-    for device in range(1, SHARDS):
-        chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[i], every) for i in (0, device)))
-    return jax.tree.map(lambda x: x[0], every)
-
-
-MAPPED = {
-    "shard_map": functools.partial(over_shard_map, check_vma=True),
-    "shard_map, unchecked": functools.partial(over_shard_map, check_vma=False),
-    "pmap": over_pmap,
-}
-
-
-@pytest.mark.parametrize("sync", [False, True], ids=["own", "sync"])
-@pytest.mark.parametrize("mapped", MAPPED)
 @every_row
-def test_shards(row, mapped, sync, float64):
-    """Four devices, each with its shard: the plain loop over shards, whatever maps them."""
-    problem = problem64()
-    tx = row.build(base(), axis_name="data", sync_perturbation=sync)
-
-    def local(batches):
-        (params, state), (walked, info) = scan(row, tx, problem, batches)
-        return walked, info, state
-
-    walked, info, _ = MAPPED[mapped](local, problem.shards(SHARDS))
-    w, steps_info = expected(oracle(row, problem, shards=SHARDS, sync=sync))
-    np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(as_steps(info), steps_info, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("row", ROWS[::4], ids=lambda row: row.name)
-def test_shards_under_vmap(row, float64):
-    problem = problem64()
-    tx = row.build(base(), axis_name="data")
-
-    def local(batches):
-        (_, state), (walked, _) = scan(row, tx, problem, batches)
-        return walked, state
-
-    every = jax.jit(jax.vmap(local, axis_name="data", in_axes=1))(problem.shards(SHARDS))
-    w, _ = expected(oracle(row, problem, shards=SHARDS))
-    for shard in range(SHARDS):
-        walked, state = jax.tree.map(lambda x, shard=shard: x[shard], every)
-        np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
-        chex.assert_trees_all_equal(state, jax.tree.map(lambda x: x[0], every[1]))
+def test_state_spec_never_changes(row):
+    """Structure, shapes, dtypes and weak types: in `init`, abstractly, and after a step."""
+    problem, tx = problem32(), row.build(base())
+    params = problem.params
+    state = tx.init(params)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    after = jax.eval_shape(step_fn(row, tx, problem), params, state, problem.batch(0))
+    for other in (jax.eval_shape(tx.init, structs), jax.jit(tx.init)(params), after[1]):
+        chex.assert_trees_all_equal(spec(other), spec(state))
+    chex.assert_trees_all_equal(spec(after[0]), spec(params))
+    assert spec(state.step) == ((), "int32", False)
+    assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("names", [("rows", "columns"), ["columns", "rows"]], ids=str)
-def test_shards_over_two_axes(names, check_vma, float64):
-    problem, row = problem64(), ROWS[0]
-    tx = row.build(base(), axis_name=names)
-    run = jax.shard_map(
-        lambda b: scan(row, tx, problem, jax.tree.map(lambda x: x[:, 0], b))[1][0],
-        mesh=mesh((2, 2), ("rows", "columns")),
-        in_specs=(PartitionSpec(None, ("rows", "columns")),),
-        out_specs=PartitionSpec(),
-        check_vma=check_vma,
+@every_row
+def test_nothing_is_traced_or_compiled_again(row):
+    problem, tx = problem32(), row.build(base())
+    step = jax.jit(chex.assert_max_traces(step_fn(row, tx, problem), n=1))
+    params, state = problem.params, tx.init(problem.params)
+    for t in range(3):
+        params, state = step(params, state, problem.batch(t))
+    assert step._cache_size() == 1
+
+
+@every_row
+def test_donation(row):
+    """Params and state are given away, all of them, from the first step on."""
+    problem, tx = problem32(), row.build(base())
+    params = jax.tree.map(jnp.copy, problem.params)
+    state = tx.init(params)
+    step = jitted_step(row, tx, donate_argnums=(0, 1))
+    for t in range(problem.steps):
+        given = jax.tree.leaves((params, state))
+        params, state = step(params, state, problem.batch(t))
+        assert all(x.is_deleted() for x in given)
+    kept = compiled(row)(problem.params)
+    chex.assert_trees_all_close((params, state), kept[:2], rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_second_gradients_are_counted(row):
+    """`grad_fn` runs, under jit, at the steps at which the oracle ascends, and only there."""
+    problem, tx = problem32(), row.build(base())
+    calls = []
+
+    @jax.jit
+    def step(params, state, batch):
+        def grad_fn(p):
+            jax.debug.callback(lambda: calls.append(1))
+            return jax.grad(problem.loss)(p, batch)
+
+        grads = jax.grad(problem.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, grad_fn=grad_fn, **row.extra(problem))
+        return optax.apply_updates(params, updates), state
+
+    params, state = problem.params, tx.init(problem.params)
+    counts, ascended = [], []
+    for t in range(problem.steps):
+        calls.clear()
+        params, state = step(params, state, problem.batch(t))
+        jax.effects_barrier()
+        counts.append(len(calls))
+        ascended.append(bool(state.info.ascended))
+    with jax.enable_x64(True):
+        planned = [s.ascended for s in oracle(row, problem64())]
+    assert counts == planned
+    assert ascended == planned
+    assert np.isnan(state.info.perturbed_value)
+
+
+@every_row
+def test_rho_zero_is_the_base_optimizer(row):
+    """Bit for bit, with a base that has moments; only the stale steps of a reuse may differ."""
+    problem = problem32()
+    tx, alone = row.build(optax.adamw(0.05), rho=0.0), optax.adamw(0.05)
+    step = jitted_step(row, tx)
+
+    @jax.jit
+    def plain(params, state, batch):
+        grads = jax.value_and_grad(lambda p: problem.loss(p, batch))(params)[1]
+        updates, state = alone.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    ours, theirs = (
+        (problem.params, tx.init(problem.params)),
+        (problem.params, alone.init(problem.params)),
     )
-    w, _ = expected(oracle(row, problem, shards=SHARDS))
-    walked = jax.jit(run)(problem.shards(SHARDS))
-    np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
+    for t in range(problem.steps):
+        ours, theirs = step(*ours, problem.batch(t)), plain(*theirs, problem.batch(t))
+        chex.assert_trees_all_equal((ours[0], ours[1].base), theirs)
+        assert ours[1].info.perturbation_norm == 0
 
 
-@pytest.mark.parametrize("sync", [False, True])
-def test_shards_whose_gradient_was_taken_at_a_varying_point(sync, float64):
-    """The caller may know about check_vma, and mark the point of the clean gradient itself."""
-    problem, row = problem64(), ROWS[0]
-    tx = row.build(base(), axis_name="data", sync_perturbation=sync)
+@every_row
+def test_gradients_with_and_without_value_agree(row):
+    problem, tx = problem32(), row.build(base())
+    evaluate = jax.value_and_grad(lambda p: problem.loss(p, problem.batch(0)))
+    params, state, extra = problem.params, tx.init(problem.params), row.extra(problem)
+    grads = evaluate(params)[1]
 
-    def local(batches):
-        def body(carry, batch):
-            params, state = carry
-            grad_fn = jax.grad(lambda p: problem.loss(p, batch))
-            grads = grad_fn(jax.lax.pcast(params, "data", to="varying"))
-            updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
+    @jax.jit
+    def both(state):
+        return (
+            tx.update(grads, state, params, value_and_grad_fn=evaluate, **extra),
+            tx.update(grads, state, params, grad_fn=lambda p: evaluate(p)[1], **extra),
+        )
 
-        return jax.lax.scan(body, (problem.params, tx.init(problem.params)), batches)[1]
+    known, unknown = both(state)
+    assert np.isnan(unknown[1].info.perturbed_value)
+    assert np.isnan(known[1].info.perturbed_value) != bool(known[1].info.ascended)
+    blank = [s._replace(info=s.info._replace(perturbed_value=0)) for _, s in (known, unknown)]
+    chex.assert_trees_all_equal((known[0], blank[0]), (unknown[0], blank[1]))
 
-    walked = over_shard_map(local, problem.shards(SHARDS), check_vma=True)
-    w, _ = expected(oracle(row, problem, shards=SHARDS, sync=sync))
-    np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
+
+@every_row
+def test_unknown_keywords_in_a_chain(row):
+    """`reduce_on_plateau` behind it takes `value=`, which is none of ours."""
+    problem = problem32()
+    tx = optax.chain(row.build(base()), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+    alone = row.build(base())
+    evaluate = jax.value_and_grad(lambda p: problem.loss(p, problem.batch(0)))
+    params = problem.params
+    grads = evaluate(params)[1]
+    extra = row.extra(problem) | {"grad_fn": lambda p: evaluate(p)[1]}
+
+    @jax.jit
+    def run():
+        state = tx.init(params)
+        for _ in range(4):  # the value never falls
+            updates, state = tx.update(grads, state, params, value=1.0, **extra)
+        return updates, state
+
+    @jax.jit
+    def reference():
+        state = alone.init(params)
+        for _ in range(4):
+            updates, state = alone.update(grads, state, params, **extra)
+        return updates
+
+    updates, state = run()
+    scale = float(state[1].scale)
+    assert scale < 1
+    chex.assert_trees_all_close(
+        updates, jax.tree.map(lambda u: scale * u, reference()), rtol=1e-5, atol=1e-7
+    )
+
+
+def spy() -> optax.GradientTransformation:
+    """Keeps the direction that it was fed as its state."""
+    return optax.GradientTransformation(optax.tree.zeros_like, lambda u, s, params=None: (u, u))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
+        optax.scale_by_zoom_linesearch(max_linesearch_steps=3),
+    ],
+    ids=["backtracking", "zoom"],
+)
+@pytest.mark.parametrize("row", ROWS[::2], ids=lambda row: row.name)
+def test_line_search_as_base(row, search):
+    """The search gets its keywords, and the direction that any other base would get."""
+    problem = problem32()
+    params, batch = problem.params, problem.batch(0)
+    value_fn = functools.partial(problem.loss, batch=batch)
+    value, grads = jax.value_and_grad(value_fn)(params)
+    known = {"value": value, "grad": grads, "value_fn": value_fn}
+    keywords = known | row.extra(problem) | {"grad_fn": jax.grad(value_fn)}
+    plain = row.build(spy())
+    tx = row.build(optax.chain(spy(), optax.scale(-1.0), search))
+
+    @jax.jit
+    def run():
+        fed, _ = plain.update(grads, plain.init(params), params, **keywords)
+        updates, state = tx.update(grads, tx.init(params), params, **keywords)
+        d = state.base[0]
+        downhill = jax.tree.map(jnp.negative, d)
+        alone, _ = search.update(downhill, search.init(params), params, **known)
+        # What is added past the base (WSAM's term) is the same for both.
+        return jax.tree.map(jnp.subtract, updates, alone), jax.tree.map(jnp.subtract, fed, d)
+
+    past_the_search, past_the_spy = run()
+    chex.assert_trees_all_close(past_the_search, past_the_spy, rtol=1e-4, atol=1e-5)
+
+
+@every_row
+def test_injected_rho(row):
+    """A radius in the state can be changed between steps, and nothing is compiled again."""
+    problem = problem32()
+    tx = optax.inject_hyperparams(lambda rho: row.build(base(), rho=rho))(rho=RHO)
+    params, batch, extra = problem.params, problem.batch(0), row.extra(problem)
+    grad_fn = jax.grad(lambda p: problem.loss(p, batch))
+    grads = grad_fn(params)
+
+    @jax.jit
+    def step(state):
+        return tx.update(grads, state, params, grad_fn=grad_fn, **extra)
+
+    @jax.jit
+    def reference():
+        fixed = [row.build(base(), rho=rho) for rho in (RHO, 2 * RHO)]
+        return [t.update(grads, t.init(params), params, grad_fn=grad_fn, **extra) for t in fixed]
+
+    state = tx.init(params)
+    doubled = state._replace(hyperparams=state.hyperparams | {"rho": jnp.float32(2 * RHO)})
+    for (updates, state), wanted in zip((step(state), step(doubled)), reference(), strict=True):
+        chex.assert_trees_all_close((updates, state.inner_state), wanted, rtol=1e-5, atol=1e-6)
+    assert step._cache_size() == 1
+
+
+def real_hyperparameters():
+    """(method, argument) for everything that is documented as a number or a schedule."""
+    for name, method in METHODS.items():
+        for argument, parameter in inspect.signature(method).parameters.items():
+            if "Schedule" in str(parameter.annotation):
+                yield pytest.param(method, argument, id=f"{name}-{argument}")
+
+
+@pytest.mark.parametrize(("method", "argument"), [*real_hyperparameters()])
+def test_schedules_are_evaluated_at_the_step(method, argument):
+    """At step 6, a schedule is the number that it has at 6, in whatever part it is."""
+    problem = problem32()
+    params, batch = problem.params, problem.batch(0)
+    grad_fn = jax.grad(lambda p: problem.loss(p, batch))
+    grads = grad_fn(params)
+    known = {"learning_rate": 0.1, "total_steps": 8, "key": jax.random.key(0)}
+    needed = {
+        name: known[name]
+        for name, parameter in list(inspect.signature(method).parameters.items())[1:]
+        if parameter.default is parameter.empty
+    }
+
+    @jax.jit
+    def run():
+        scheduled, fixed = (
+            method(base(), **needed | {argument: value})
+            for value in (lambda step: 0.1 + 0.1 * step, 0.1 + 0.1 * 6)
+        )
+        _, state = fixed.update(grads, fixed.init(params), params, grad_fn=grad_fn)
+        state = state._replace(step=jnp.asarray(6, jnp.int32))
+        return [tx.update(grads, state, params, grad_fn=grad_fn) for tx in (scheduled, fixed)]
+
+    chex.assert_trees_all_close(*run(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_moves_at_steps_that_were_skipped():
+    row = next(row for row in ROWS if row.name == "look_sam")
+    problem = problem32()
+    tx = row.build(base(), rho=lambda step: 0.1 * (step + 1))
+    info = jax.jit(lambda: scan(row, tx, problem)[1][1])()
+    np.testing.assert_allclose(info.perturbation_norm, [0.1, 0, 0, 0.4, 0, 0], rtol=1e-5)
+
+
+@every_row
+def test_scaling_the_loss_by_a_power_of_two(row):
+    """It changes no bit of a normalized eps; the others say that they are not scale-free."""
+    problem = problem32()
+    params, batch, extra = problem.params, problem.batch(0), row.extra(problem)
+    tx = row.build(base())
+    points = []
+
+    @jax.jit
+    def run(factor):
+        def grad_fn(p):
+            return jax.tree.map(lambda g: factor * g, jax.grad(problem.loss)(p, batch))
+
+        def watched(p):
+            jax.debug.callback(lambda p: points.append(flat(p)), p)
+            return grad_fn(p)
+
+        state = tx.init(params)._replace(step=jnp.asarray(6, jnp.int32))
+        return tx.update(grad_fn(params), state, params, grad_fn=watched, **extra)
+
+    for k in (0, 40, -40, 7):
+        jax.block_until_ready(run(2.0**k))
+    jax.effects_barrier()
+    assert all(np.array_equal(p, points[0]) for p in points) == row.scale_free
