@@ -90,6 +90,7 @@ class Row(NamedTuple):
         scale_free: eps does not change when the loss is multiplied by a positive number.
         direction: ``update`` takes ``direction=``.
         whole: it treats its parameters as one vector, however they are cut into leaves.
+        base_at_zero: for rho = 0 it is the base optimizer.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Row(NamedTuple):
     scale_free: bool = True
     direction: bool = False
     whole: bool = True
+    base_at_zero: bool = True
 
     def extra(self, problem: Problem) -> dict[str, Any]:
         return {"direction": problem.direction} if self.direction else {}
@@ -162,6 +164,7 @@ ROWS = (
         "stable_sam, clipped",
         _named(sam_optax.stable_sam, clip=0.8),
         lambda f, rho: _method(np_parts.ball(rho), np_parts.stabilized(np_parts.perturbed, 0.8)),
+        base_at_zero=False,
     ),
     Row(
         "stable_asam",

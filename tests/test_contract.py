@@ -14,7 +14,6 @@ import pytest
 from absl.testing import parameterized
 from problems import flat, mlp, spec
 from rows import (
-    LEARNING_RATE,
     METHODS,
     RHO,
     ROWS,
@@ -31,7 +30,7 @@ from rows import (
     trajectory,
 )
 
-from sam_optax import sharpness_aware
+from sam_optax._types import ScalarOrSchedule
 
 
 class TestTrajectories(chex.TestCase):
@@ -125,6 +124,7 @@ def test_state_spec_never_changes(row):
 @every_row
 def test_nothing_is_traced_or_compiled_again(row):
     problem, tx = problem32(), row.build(base())
+    chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(step_fn(row, tx, problem), n=1))
     params, state = problem.params, tx.init(problem.params)
     for t in range(3):
@@ -134,13 +134,13 @@ def test_nothing_is_traced_or_compiled_again(row):
 
 @every_row
 def test_donation(row):
-    """Params and state are given away, all of them, from the first step on."""
+    """Params and state are given away, every array of them, from the first step on."""
     problem, tx = problem32(), row.build(base())
     params = jax.tree.map(jnp.copy, problem.params)
     state = tx.init(params)
     step = jitted_step(row, tx, donate_argnums=(0, 1))
     for t in range(problem.steps):
-        given = jax.tree.leaves((params, state))
+        given = [x for x in jax.tree.leaves((params, state)) if x.ndim]
         params, state = step(params, state, problem.batch(t))
         assert all(x.is_deleted() for x in given)
     kept = compiled(row)(problem.params)
@@ -178,9 +178,9 @@ def test_second_gradients_are_counted(row):
     assert np.isnan(state.info.perturbed_value)
 
 
-@every_row
+@pytest.mark.parametrize("row", [r for r in ROWS if r.base_at_zero], ids=lambda row: row.name)
 def test_rho_zero_is_the_base_optimizer(row):
-    """Bit for bit, with a base that has moments; only the stale steps of a reuse may differ."""
+    """Bit for bit, with a base that has moments."""
     problem = problem32()
     tx, alone = row.build(optax.adamw(0.05), rho=0.0), optax.adamw(0.05)
     step = jitted_step(row, tx)
@@ -260,6 +260,10 @@ def spy() -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.tree.zeros_like, lambda u, s, params=None: (u, u))
 
 
+# A line search complains about keywords that it does not know, as `direction=` would be.
+SEARCHABLE = [row for row in ROWS if not row.direction][::2]
+
+
 @pytest.mark.parametrize(
     "search",
     [
@@ -268,7 +272,7 @@ def spy() -> optax.GradientTransformation:
     ],
     ids=["backtracking", "zoom"],
 )
-@pytest.mark.parametrize("row", ROWS[::2], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", SEARCHABLE, ids=lambda row: row.name)
 def test_line_search_as_base(row, search):
     """The search gets its keywords, and the direction that any other base would get."""
     problem = problem32()
@@ -314,8 +318,9 @@ def test_injected_rho(row):
 
     state = tx.init(params)
     doubled = state._replace(hyperparams=state.hyperparams | {"rho": jnp.float32(2 * RHO)})
-    for (updates, state), wanted in zip((step(state), step(doubled)), reference(), strict=True):
-        chex.assert_trees_all_close((updates, state.inner_state), wanted, rtol=1e-5, atol=1e-6)
+    for got, wanted in zip((step(state), step(doubled)), reference(), strict=True):
+        got = (got[0], got[1].inner_state)
+        chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert step._cache_size() == 1
 
 
@@ -323,7 +328,7 @@ def real_hyperparameters():
     """(method, argument) for everything that is documented as a number or a schedule."""
     for name, method in METHODS.items():
         for argument, parameter in inspect.signature(method).parameters.items():
-            if "Schedule" in str(parameter.annotation):
+            if parameter.annotation in (ScalarOrSchedule, ScalarOrSchedule | None):
                 yield pytest.param(method, argument, id=f"{name}-{argument}")
 
 
@@ -386,3 +391,77 @@ def test_scaling_the_loss_by_a_power_of_two(row):
         jax.block_until_ready(run(2.0**k))
     jax.effects_barrier()
     assert all(np.array_equal(p, points[0]) for p in points) == row.scale_free
+
+
+@every_row
+def test_resumed_run_is_the_run_without_interruption(row):
+    """Bit for bit, through Flax's serialization of state and parameters."""
+    problem, tx = problem32(), row.build(base())
+    step = jitted_step(row, tx)
+    params, state = problem.params, tx.init(problem.params)
+    for t in range(problem.steps):
+        if t == problem.steps // 2:
+            stored = flax.serialization.to_bytes((params, state))
+            template = optax.tree.zeros_like((problem.params, tx.init(problem.params)))
+            resumed = jax.tree.map(jnp.asarray, flax.serialization.from_bytes(template, stored))
+            chex.assert_trees_all_equal(resumed, (params, state))
+            chex.assert_trees_all_equal(spec(resumed), spec((params, state)))
+        if t >= problem.steps // 2:
+            resumed = step(*resumed, problem.batch(t))
+        params, state = step(params, state, problem.batch(t))
+    chex.assert_trees_all_equal(resumed, (params, state))
+
+
+def test_orbax_round_trip(tmp_path):
+    """The states of all rows in one checkpoint, bit for bit."""
+    states = {
+        str(i): jax.tree.map(
+            lambda x: jnp.full_like(x, 1 / 3), row.build(base()).init(problem32().params)
+        )
+        for i, row in enumerate(ROWS)
+    }
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", states)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(
+            tmp_path / "states", jax.tree.map(optax.tree.zeros_like, states)
+        )
+    chex.assert_trees_all_equal(restored, states)
+    chex.assert_trees_all_equal(spec(restored), spec(states))
+
+
+@every_row
+def test_map_params_finds_the_trees_like_params(row):
+    """Each of them whole, and no scalar of ours; also behind a mask."""
+    problem = problem32()
+    size = len(jax.tree.leaves(problem.params))
+    mask = {"hidden": True, "output": {"kernel": False, "bias": True}}
+    for chosen in (None, mask, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)):
+        tx = row.build(base(), mask=chosen)
+        state = tx.init(problem.params)
+        marked = optax.tree.map_params(tx, lambda x: "found", state)
+        trees = [x for x in jax.tree.leaves(state) if x.ndim]
+        assert jax.tree.leaves(marked).count("found") == len(trees)
+        assert jax.tree.leaves(marked.base).count("found") == size
+
+
+@every_row
+def test_multi_steps_with_the_gradient_of_the_whole_batch(row):
+    """Two micro-batches, and a `grad_fn` on both together: one step on the whole."""
+    problem, tx = problem32(), row.build(base())
+    params, batch, extra = problem.params, problem.batch(0), row.extra(problem)
+    halves = jax.tree.map(lambda x: jnp.reshape(x, (2, -1, *x.shape[1:])), batch)
+    grad_fn = jax.grad(lambda p: problem.loss(p, batch))
+
+    @jax.jit
+    def run():
+        many = optax.MultiSteps(tx, every_k_schedule=2)
+        state = many.init(params)
+        for i in range(2):
+            half = jax.tree.map(lambda x, i=i: x[i], halves)
+            grads = jax.grad(problem.loss)(params, half)
+            updates, state = many.update(grads, state, params, grad_fn=grad_fn, **extra)
+        alone = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn, **extra)
+        return (updates, state.inner_opt_state), alone
+
+    chex.assert_trees_all_close(*run(), rtol=1e-4, atol=1e-5)
