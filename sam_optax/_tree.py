@@ -167,7 +167,7 @@ def check_number(
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
         return
     kind = numbers.Integral if integer else numbers.Real
-    open_high = open_high or math.isinf(high)
+    open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     wanted = f"{'an integer' if integer else 'a number'} in {interval}"
     if not isinstance(value, kind) or isinstance(value, bool):

@@ -457,7 +457,7 @@ def stable_sam(
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
-    Reduces to: ``base`` at ``rho=0``.
+    Reduces to: ``base`` at ``rho=0``, ``clip=None``.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -524,7 +524,8 @@ def stable_asam(
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
-    Reduces to: `stable_sam` with t = 1 (``adaptive_mask=False``); ``base`` at ``rho=0``.
+    Reduces to: `stable_sam` with t = 1 (``adaptive_mask=False``); ``base`` at ``rho=0``,
+    ``clip=None``.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
