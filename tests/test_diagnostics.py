@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -531,6 +532,8 @@ def SCALAR(w):
 
 
 ONES = jnp.ones(3)
+NO_KEY: Any = 0
+HALVES: Any = 2.5
 D = diagnostics
 BAD = {
     "vector loss, eigenvalues": (
@@ -657,12 +660,12 @@ def test_bad_values(name):
             lambda: D.hessian_trace(lambda p: 0.0, {"w": ONES, "n": jnp.arange(3)}, KEY),
             r"hessian_trace: `params` must hold real floating.*\['n'\]` is int32",
         ),
-        (lambda: D.hessian_trace(SCALAR, ONES, 0), "`key` must be a PRNG key"),
-        (lambda: D.filter_normalized_direction(0, ONES), "`key` must be a PRNG key"),
+        (lambda: D.hessian_trace(SCALAR, ONES, NO_KEY), "`key` must be a PRNG key"),
+        (lambda: D.filter_normalized_direction(NO_KEY, ONES), "`key` must be a PRNG key"),
         (lambda: D.sharpness(SCALAR, ONES, lambda step: 0.1), "`rho` must be a number.*schedule"),
         (lambda: D.sharpness(SCALAR, ONES, "0.1"), "`rho` must be a number"),
         (
-            lambda: D.hessian_trace(SCALAR, ONES, KEY, num_samples=2.0),
+            lambda: D.hessian_trace(SCALAR, ONES, KEY, num_samples=HALVES),
             "`num_samples` must be an int",
         ),
     ],
