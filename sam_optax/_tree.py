@@ -127,7 +127,7 @@ def resolve_mask(mask: Any, params: Any, function: str, name: str = "mask") -> A
 
     def spread(keep, subtree):
         traced = isinstance(keep, jax.core.Tracer)
-        if traced or jnp.shape(keep) or jnp.result_type(keep) != jnp.dtype(bool):
+        if traced or np.ndim(keep) or np.asarray(keep).dtype != bool:
             raise TypeError(
                 f"{function}: every leaf of `{name}` must be one bool, known when tracing; got "
                 f"{keep!r}."

@@ -10,6 +10,7 @@ they keep the gradient's dtype, and ``step`` is 0 where it is not given.
 A part with a running state sees the clean gradient of every step, ascended or not.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -389,7 +390,8 @@ def _direction(direction: Any, g: Any, function: str) -> Any:
             f"{function}: pass the tree to project with to `update` as the keyword `direction=` "
             "(the full gradient, for SAM-full and SAM-noise)."
         )
-    direction = prune(direction, g)
+    with contextlib.suppress(ValueError):  # another tree: the next line says where
+        direction = prune(direction, g)
     check_like(direction, g, function, "direction")
     return upcast(direction)
 

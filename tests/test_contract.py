@@ -430,13 +430,17 @@ def test_orbax_round_trip(tmp_path):
     chex.assert_trees_all_equal(spec(restored), spec(states))
 
 
+def matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
 @every_row
 def test_map_params_finds_the_trees_like_params(row):
     """Each of them whole, and no scalar of ours; also behind a mask."""
     problem = problem32()
     size = len(jax.tree.leaves(problem.params))
     mask = {"hidden": True, "output": {"kernel": False, "bias": True}}
-    for chosen in (None, mask, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)):
+    for chosen in (None, mask, matrices):
         tx = row.build(base(), mask=chosen)
         state = tx.init(problem.params)
         marked = optax.tree.map_params(tx, lambda x: "found", state)
