@@ -1,4 +1,7 @@
-"""`optax.contrib.sam` side by side: the same numbers where it is right, and the cases where not."""
+"""`optax.contrib.sam` side by side: the same numbers where it is right, and the cases where not.
+
+What it does wrong is asserted for the version in which it was seen; a later one may have mended it.
+"""
 
 from typing import Any
 
@@ -15,6 +18,7 @@ from rows import RHO, problem32
 
 from sam_optax import sam
 
+SEEN = optax.__version__ == "0.2.8"
 BASES = {
     "sgd": lambda: optax.sgd(0.05),
     "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
@@ -72,12 +76,13 @@ def test_zero_gradient():
     def step(tx, grad_fn):
         return tx.update(jnp.zeros(3), tx.init(w), w, grad_fn=grad_fn)[0]
 
-    assert not step(sam(optax.sgd(0.1), RHO), jnp.zeros_like).any()
-    assert np.isnan(step(opaque(optax.sgd(0.1)), lambda p, i: jnp.zeros_like(p))).all()
+    assert not step(sam(optax.sgd(0.1), RHO), lambda p: p - w).any()
+    if SEEN:
+        assert np.isnan(step(opaque(optax.sgd(0.1)), lambda p, i: p - w)).all()
 
 
 def test_radius_schedule():
-    """Ours moves with the step; theirs, with its default `reset_state`, stays at its first value."""
+    """Ours moves with the step; theirs, with its default `reset_state`, stays where it began."""
     schedule = optax.linear_schedule(1.0, 0.0, 10)
     w = jnp.array([3.0, 4.0])
 
@@ -93,9 +98,11 @@ def test_radius_schedule():
             _, state = tx.update(w, state, w, grad_fn=grad_fn)
         return [float(jnp.linalg.norm(p - w)) for p in points]
 
-    np.testing.assert_allclose(radii(sam(optax.sgd(0.1), schedule), False), [1, 0.9, 0.8, 0.7])
-    theirs = opaque(optax.sgd(0.1), schedule)
-    np.testing.assert_allclose(radii(theirs, True), [1, 1, 1, 1], rtol=1e-6)
+    ours = radii(sam(optax.sgd(0.1), schedule), counted=False)
+    np.testing.assert_allclose(ours, [1, 0.9, 0.8, 0.7], rtol=1e-6)
+    if SEEN:
+        theirs = radii(opaque(optax.sgd(0.1), schedule), counted=True)
+        np.testing.assert_allclose(theirs, [1, 1, 1, 1], rtol=1e-6)
 
 
 def test_unknown_keywords():
@@ -109,8 +116,9 @@ def test_unknown_keywords():
     np.testing.assert_allclose(
         step(sam(optax.sgd(0.1), 0.0), lambda p: p), -0.1 * np.ones(3), rtol=1e-6
     )
-    with pytest.raises(TypeError, match="value"):
-        step(opaque(optax.sgd(0.1)), lambda p, i: p)
+    if SEEN:
+        with pytest.raises(TypeError, match="value"):
+            step(opaque(optax.sgd(0.1)), lambda p, i: p)
 
 
 def test_line_search_as_base():
@@ -127,8 +135,9 @@ def test_line_search_as_base():
 
     gradient = jax.grad(value_fn)
     assert value_fn(w + step(sam(search, 0.1), gradient)) < value_fn(w)
-    with pytest.raises(TypeError):
-        step(opaque(search), lambda p, i: gradient(p))
+    if SEEN:
+        with pytest.raises(TypeError):
+            step(opaque(search), lambda p, i: gradient(p))
 
 
 def test_bool_in_the_state_of_the_base():
@@ -140,21 +149,21 @@ def test_bool_in_the_state_of_the_base():
 
     walked = walk(sam(guarded(), RHO), problem)
     chex.assert_trees_all_close(walked, walk(sam(optax.sgd(0.05), RHO), problem), rtol=1e-5)
-    with pytest.raises(TypeError, match="carry"):
-        walk(transparent(guarded()), problem, calls=2)
+    if SEEN:
+        with pytest.raises(TypeError, match="carry"):
+            walk(transparent(guarded()), problem, calls=2)
 
 
 def test_infinity_in_a_step_that_is_thrown_away():
     """Theirs feeds the ascent's gradient to the base too, and 0 * inf stays in its momentum."""
-    w = jnp.array([1.0, 2.0])
-    tx = transparent(optax.sgd(0.1, momentum=0.9))
-    state = tx.init(w)
-    _, state = tx.update(jnp.array([jnp.inf, 1.0]), state, w)  # the ascent
-    assert np.isnan(flat(state.opt_state)).any()
-
+    w, g = jnp.array([1.0, 2.0]), jnp.array([jnp.inf, 1.0])
     ours = sam(optax.sgd(0.1, momentum=0.9), RHO)
-    _, state = ours.update(jnp.array([jnp.inf, 1.0]), ours.init(w), w, grad_fn=lambda p: w)
+    _, state = ours.update(g, ours.init(w), w, grad_fn=lambda p: w)
     np.testing.assert_array_equal(flat(state.base), w)  # what the base was fed is finite
+    if SEEN:
+        theirs = transparent(optax.sgd(0.1, momentum=0.9))
+        _, state = theirs.update(g, theirs.init(w), w)  # the ascent
+        assert np.isnan(flat(state.opt_state)).any()
 
 
 def test_donation():
@@ -170,11 +179,13 @@ def test_donation():
     jax.jit(step, donate_argnums=(0, 1))(params, ours.init(params))
     assert params.is_deleted()
 
-    theirs = transparent(optax.sgd(0.1))
-    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(theirs.init(w)) if x.ndim]
-    assert w.unsafe_buffer_pointer() in pointers
-    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(ours.init(w)) if x.ndim]
-    assert w.unsafe_buffer_pointer() not in pointers
+    def shares_a_buffer(state):
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.ndim]
+        return w.unsafe_buffer_pointer() in pointers
+
+    assert not shares_a_buffer(ours.init(w))
+    if SEEN:
+        assert shares_a_buffer(transparent(optax.sgd(0.1)).init(w))
 
 
 def test_frozen_leaves():
@@ -194,7 +205,8 @@ def test_frozen_leaves():
     theirs.update(params, theirs.init(params), params, grad_fn=lambda p, i: watched(p))
     moved = [jax.tree.map(lambda p, w: float((p - w)[0]), point, params) for point in points]
     chex.assert_trees_all_close(moved[0], {"free": RHO, "frozen": 0.0}, rtol=1e-6)
-    assert abs(moved[1]["frozen"]) == 4.0
+    if SEEN:
+        assert abs(moved[1]["frozen"]) == 4.0
 
 
 def test_clipping():
@@ -204,13 +216,14 @@ def test_clipping():
     ours = sam(optax.chain(clip, optax.sgd(1.0)), RHO)
     updates, _ = ours.update(w, ours.init(w), w, grad_fn=lambda p: p)
     np.testing.assert_allclose(jnp.linalg.norm(updates), 0.01, rtol=1e-6)
-    theirs = optax.chain(clip, opaque(optax.sgd(1.0)))
-    updates, _ = theirs.update(w, theirs.init(w), w, grad_fn=lambda p, i: p)
-    assert jnp.linalg.norm(updates) > 5
+    if SEEN:
+        theirs = optax.chain(clip, opaque(optax.sgd(1.0)))
+        updates, _ = theirs.update(w, theirs.init(w), w, grad_fn=lambda p, i: p)
+        assert jnp.linalg.norm(updates) > 5
 
 
 def test_half_precision_norm():
-    """The norm of a float16 gradient of 70 entries of 300: theirs overflows, ours does not."""
+    """The norm of 70000 numbers of 300 in float16: theirs overflows, ours does not."""
     w = jnp.zeros(70_000, jnp.float16)
     g = jnp.full(70_000, 300.0, jnp.float16)
     points = []
@@ -224,7 +237,8 @@ def test_half_precision_norm():
     theirs = opaque(optax.sgd(0.1), 100.0)
     theirs.update(g, theirs.init(w), w, grad_fn=lambda p, i: watched(p))
     np.testing.assert_allclose(np.linalg.norm(points[0]), 100, rtol=1e-3)
-    assert np.linalg.norm(points[1]) < 1
+    if SEEN:
+        assert np.linalg.norm(points[1]) < 1
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -261,58 +275,39 @@ def test_shard_map(check_vma):
         return 2 * (w + 0.1 * g / jnp.linalg.norm(g) - x[i])
 
     expected = -np.mean([descent(i) for i in range(4)], axis=0)
-    np.testing.assert_allclose(
-        run(sam(optax.sgd(1.0), 0.1, axis_name="d"), False), expected, rtol=1e-5
-    )
+    ours = run(sam(optax.sgd(1.0), 0.1, axis_name="d"), False)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
     theirs = run(opaque(optax.sgd(1.0), 0.1, batch_axis_name="d"), True)[0]
-    if check_vma:
-        assert np.linalg.norm(theirs) > 3.5 * np.linalg.norm(expected)
-    else:
+    if not check_vma:
         np.testing.assert_allclose(theirs, expected, rtol=1e-5)
+    elif SEEN:
+        assert np.linalg.norm(theirs) > 3.5 * np.linalg.norm(expected)
 
 
-def test_more_ascent_steps_leave_the_ball():
-    """`sync_period` above 2 adds steps of length rho without a projection back."""
-    w = jnp.array([3.0, 4.0])
-    points = []
-
-    def watched(p, i):
-        points.append(float(jnp.linalg.norm(p - w)))
-        return p
-
-    theirs = opaque(optax.sgd(0.1), 0.05, sync_period=4)
-    theirs.update(w, theirs.init(w), w, grad_fn=watched)
-    np.testing.assert_allclose(points, [0.05, 0.10, 0.15], rtol=1e-4)
-
-
-def test_sync_period_of_one():
-    """No ascent at all should be the base optimizer; theirs restores parameters of the past."""
+def test_no_ascent_is_the_base_optimizer():
+    """rho = 0 is; theirs with `sync_period=1` restores parameters of the past."""
     problem = problem32()
-    ours = walk(sam(optax.sgd(0.05), 0.0), problem)
-    theirs = optax.contrib.sam(optax.sgd(0.05), ascent(), sync_period=1)
-    state, params, walked = theirs.init(problem.params), problem.params, []
-    for t in range(problem.steps):
-        grads = jax.grad(problem.loss)(params, problem.batch(t))
-        updates, state = theirs.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        walked.append(params)
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], ours), walked[0], rtol=1e-5)
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(jax.tree.map(lambda x: x[3], ours), walked[3], rtol=1e-2)
+    plain = walk(optax.with_extra_args_support(optax.sgd(0.05)), problem)
+    chex.assert_trees_all_equal(walk(sam(optax.sgd(0.05), 0.0), problem), plain)
+    if SEEN:
+        theirs = optax.contrib.sam(optax.sgd(0.05), ascent(), sync_period=1)
+        params, state = problem.params, theirs.init(problem.params)
+        for t in range(3):
+            grads = jax.grad(problem.loss)(params, problem.batch(t))
+            updates, state = theirs.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        apart = jax.tree.map(lambda x, y: x[2] - y, plain, params)
+        assert optax.tree.norm(apart) > 0.01
 
 
-def test_state_has_one_structure(float64):
-    """Whatever the mode, one state: theirs differs between its two."""
-    params = problem32().params
-    structures = [
-        jax.tree.structure(tx(optax.sgd(0.1)).init(params)) for tx in (opaque, transparent)
-    ]
-    assert structures[0] != structures[1]
-    grads = jax.grad(problem32().loss)(params, problem32().batch(0))
-    tx = sam(optax.sgd(0.1))
-    state = tx.init(params)
-    both = [
-        tx.update(grads, state, params, grad_fn=lambda p: p)[1],
-        tx.update(grads, state, params, value_and_grad_fn=lambda p: (0.0, p))[1],
-    ]
-    chex.assert_trees_all_equal_structs(state, *both)
+def test_state_has_one_structure():
+    """Whatever is known about the loss, one state: theirs differs between its two modes."""
+    w = jnp.ones(2)
+    ours = sam(optax.sgd(0.1))
+    state = ours.init(w)
+    _, without_value = ours.update(w, state, w, grad_fn=lambda p: p)
+    _, with_value = ours.update(w, state, w, value_and_grad_fn=lambda p: (0.0, p))
+    chex.assert_trees_all_equal_structs(state, without_value, with_value)
+    if SEEN:
+        modes = [jax.tree.structure(tx(optax.sgd(0.1)).init(w)) for tx in (opaque, transparent)]
+        assert modes[0] != modes[1]
