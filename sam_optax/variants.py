@@ -8,8 +8,9 @@ All return a ``GradientTransformationExtraArgs`` whose ``update`` takes the clea
 numbers or Optax schedules of the combinator's ``step``. Out of range, they raise a ValueError
 that names function, argument, value and range.
 
-Memory is given beyond the base optimizer's. SAM needs one copy of the parameters, w + eps, while
-the second gradient is computed, and stores nothing between steps.
+Memory is given beyond the base optimizer's. Within a step SAM needs two copies of the parameters:
+w + eps, and the clean gradient, which outlives the second pass for `SharpnessInfo.cosine`. Between
+steps it stores nothing.
 """
 
 import functools
@@ -269,7 +270,8 @@ def gsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. One more inner product than SAM.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM, and one more inner product.
 
     Reduces to: `sam` at ``alpha=0``; ``base`` at ``rho=0``.
 
@@ -331,8 +333,8 @@ def wsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. One more copy of the parameters than SAM within
-    the step.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD, `coupled_wsam`.
 
@@ -396,7 +398,8 @@ def coupled_wsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``gamma=1/2``; ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD,
     `wsam`.
@@ -732,7 +735,7 @@ def look_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least),
-    replaced on ascents.
+    replaced on ascents. Within the step, one copy of the parameters more than SAM.
 
     Reduces to: `sam` at ``k=1``; ``base`` at ``rho=0``.
 
@@ -797,7 +800,8 @@ def ss_sam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 1 + ``probability`` gradients per step; nothing stored.
+    Cost: 1 + ``probability`` gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``probability=1``; ``base`` at ``probability=0`` or ``rho=0``.
 
@@ -862,7 +866,7 @@ def ae_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents (about one half in the paper); two
-    scalars stored.
+    scalars stored. Within the step, one copy of the parameters more than SAM.
 
     Reduces to: `sam` for ``lambda_1 = lambda_2`` very negative, ``base`` for very positive, or
     ``rho=0``.
@@ -937,7 +941,8 @@ def ae_look_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents; one copy of the parameters stored
-    (float32 at least), replaced on ascents.
+    (float32 at least), replaced on ascents. Within the step, one copy of the parameters more
+    than SAM.
 
     Reduces to: `ae_sam` at ``alpha=0``; `sam` for very negative thresholds; ``base`` at ``rho=0``.
 
@@ -1061,7 +1066,8 @@ def gnp(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``alpha=1``; ``base`` at ``alpha=0`` or ``rho=0``.
 
