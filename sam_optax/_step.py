@@ -200,20 +200,30 @@ def value_and_grad(loss: Callable, loss_scale: Any) -> Callable:
     return evaluate
 
 
-def put_together(stacked: Any, evaluate: Callable, part: tuple, whole: tuple) -> Any:
+def put_together(
+    function: str, stacked: Any, evaluate: Callable, part: tuple, whole: tuple
+) -> Any:
     """Auxiliary output of a whole batch from that of its parts; see the module's docstring."""
     if not jax.tree.leaves(stacked):
         return stacked
 
-    def join(x, one, all_):
-        if one.shape != all_.shape:
-            return jnp.reshape(x, all_.shape)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
-        return x[0]
+    def join(path, x, one, all_):
+        if one.shape == all_.shape:
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
+            return x[0]
+        # The batch is the one axis that is as many times longer as there are parts.
+        for i in range(len(one.shape)):
+            if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:
+                return jnp.reshape(jnp.moveaxis(x, 0, i), all_.shape)
+        raise ValueError(
+            f"{function}: auxiliary output `aux{jax.tree_util.keystr(path)}` of shape {one.shape} "
+            f"on each of {len(x)} parts of the batch cannot be put together to {all_.shape}, that "
+            "of the whole batch. Only one axis may follow the batch."
+        )
 
     shapes = (jax.eval_shape(lambda *a: evaluate(*a)[2], *args) for args in (part, whole))
-    return jax.tree.map(join, stacked, *shapes)
+    return jax.tree_util.tree_map_with_path(join, stacked, *shapes)
 
 
 def accumulated(evaluate: Callable, options: Options, axes: tuple) -> Callable:
@@ -238,7 +248,8 @@ def accumulated(evaluate: Callable, options: Options, axes: tuple) -> Callable:
         start = vary(zeros, tracked(axes))
         total, stacked = jax.lax.scan(add, start, {i: pieces[i] for i in chosen})
         value, gradient = cast_like(total, like)
-        return value, gradient, put_together(stacked, evaluate, (params, *first), (params, *args))
+        part, whole = (params, *first), (params, *args)
+        return value, gradient, put_together(options.function, stacked, evaluate, part, whole)
 
     return averaged
 
@@ -389,7 +400,8 @@ class Step(NamedTuple):
     def join_aux(self, stacked: Any, params: Any, args: tuple) -> Any:
         pieces = self.options.cut(args, self.options.num_groups, "num_groups")
         part = self.options.take(pieces, 0)
-        return put_together(stacked, self.clean, (params, *part), (params, *args))
+        part, whole = (params, *part), (params, *args)
+        return put_together(self.options.function, stacked, self.clean, part, whole)
 
     def start(self, params: Any, args: tuple) -> tuple:
         """The first pass, of every group where there are some."""
