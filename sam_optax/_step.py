@@ -200,9 +200,7 @@ def value_and_grad(loss: Callable, loss_scale: Any) -> Callable:
     return evaluate
 
 
-def put_together(
-    function: str, stacked: Any, evaluate: Callable, part: tuple, whole: tuple
-) -> Any:
+def put_together(function: str, stacked: Any, evaluate: Callable, part: tuple, whole: tuple) -> Any:
     """Auxiliary output of a whole batch from that of its parts; see the module's docstring."""
     if not jax.tree.leaves(stacked):
         return stacked

@@ -163,6 +163,18 @@ def _batch_stats(aux: Any) -> Any:
     return None
 
 
+def _in_containers_of(old: Any, new: Any) -> Any:
+    """Running statistics in the state's own containers: a FrozenDict stays a FrozenDict."""
+    paths = [[path for path, _ in jax.tree_util.tree_leaves_with_path(x)] for x in (old, new)]
+    if paths[0] != paths[1]:
+        raise ValueError(
+            "linen_step: the `batch_stats` in the auxiliary output must have the leaves of "
+            f"`state.batch_stats`, got {jax.tree.structure(new)} instead of "
+            f"{jax.tree.structure(old)}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
+
+
 def linen_step(
     state: Any,
     loss_fn: Callable[..., Any],
@@ -236,10 +248,12 @@ def linen_step(
     loss = checked_loss(loss_fn, has_aux, kwargs, options.function)
     step = two_gradients(loss, state.tx, options, loss_scale)
     result = step.run(state.params, state.opt_state, args)
-    changes = {"step": state.step + jnp.asarray(result.taken, jnp.result_type(state.step))}
+    changes = {"step": state.step + 1}
     stats = _batch_stats(result.clean_aux)
     if stats is not None and hasattr(state, "batch_stats"):
-        changes["batch_stats"] = select(result.taken, stats, state.batch_stats)
+        changes["batch_stats"] = _in_containers_of(state.batch_stats, stats)
+    if skip_nonfinite:
+        changes = select(result.taken, changes, {k: getattr(state, k) for k in changes})
     new = state.replace(params=result.params, opt_state=result.opt_state, **changes)
     return new, result.metrics
 
@@ -321,7 +335,14 @@ def nnx_step(
     def loss(params, *args):
         copy = nnx.merge(graph, params, rest, copy=True)
         value, aux = user_loss(copy, *args)
-        return value, (aux, nnx.as_pure(nnx.state(copy, nnx.Not(optimizer.wrt))))
+        after = nnx.as_pure(nnx.state(copy, nnx.Not(optimizer.wrt)))
+        if jax.tree.structure(after) != jax.tree.structure(rest):
+            raise ValueError(
+                "nnx_step: the loss must leave the model the variables it has, but it added or "
+                "removed some. Intermediates: call the model within `nnx.capture` in the loss, and "
+                "return them as auxiliary output."
+            )
+        return value, (aux, after)
 
     opt_state = nnx.as_pure(optimizer.opt_state)
     step = two_gradients(loss, optimizer.tx, options, loss_scale)

@@ -24,13 +24,13 @@ def loss_fn(params, x, y):
     return jnp.mean(jnp.sum((predict(params, x) - y) ** 2, axis=-1))
 
 
-def assert_close(got, wanted, rtol=1e-10):
+def assert_close(got, wanted, rtol=1e-10, atol=1e-12):
     """Same trees, to rounding in float64."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_same(got, wanted):
