@@ -379,8 +379,9 @@ def host_dispatched(
     the step with ascent and the step without it are programs of their own, free of ``cond``.
 
     Policies that do not read the gradient (`every`, `bernoulli`, `from_step` around them) are asked
-    for many steps ahead at once, without waiting for the device. For the others, the clean gradient
-    is a program of its own, and the host reads one bool per step from the device.
+    for many steps ahead at once, without waiting for the device; with ``skip_nonfinite`` the host
+    reads the step count once per step. For the others, the clean gradient is a program of its own,
+    and the host reads one bool per step from the device.
 
     Args:
         loss_fn: as for `two_gradient_step`.
@@ -431,6 +432,11 @@ def host_dispatched(
             "follows the ascent into its `base`."
         )
     sharp: SharpnessAware = tx
+    if sharp.axes:
+        raise ValueError(
+            f"host_dispatched: `tx` averages over the mapped axes {sharp.axes}, but the host "
+            "decides outside of them. Leave `axis_name` out, and use `num_groups=` for m-sharpness."
+        )
     policy = sharp.policy
     donated = (0, 1) if donate else ()
 
@@ -470,6 +476,8 @@ def host_dispatched(
     def decided(opt_state) -> bool:
         if known["array"] is not opt_state.step:
             known.update(step=int(opt_state.step), decisions=())
+        elif skip_nonfinite:  # a skipped step left the count as it was: the device has to be asked
+            known["step"] = int(opt_state.step)
         at = known["step"] - known["from"]
         if not 0 <= at < len(known["decisions"]):
             decisions = look_ahead(np.int32(known["step"]), opt_state.policy)
@@ -489,9 +497,7 @@ def host_dispatched(
             return end(bool(ascend), params, opt_state, *rest, first)
         ascend = decided(opt_state)
         params, opt_state, metrics = whole(ascend, params, opt_state, *rest)
-        # A skipped step leaves the count as it was: then the device has to be asked.
-        sure = None if skip_nonfinite else opt_state.step
-        known.update(array=sure, step=known["step"] + 1)
+        known.update(array=opt_state.step, step=known["step"] + 1)
         return params, opt_state, metrics
 
     return step
