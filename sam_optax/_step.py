@@ -1,5 +1,6 @@
 """What the training steps are made of: options, evaluations, and the two passes."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,12 +67,27 @@ class Options(NamedTuple):
         for name in ("num_groups", "num_microbatches"):
             check_number(self.function, name, getattr(self, name), low=1, integer=True)
         argnums = self.batch_argnums
-        return self._replace(batch_argnums=(argnums,) if isinstance(argnums, int) else argnums)
+        if argnums is None:
+            return self
+        several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in several):
+            raise TypeError(
+                f"{self.function}: `batch_argnums` must be an integer or several integers, got "
+                f"{argnums!r}."
+            )
+        return self._replace(batch_argnums=tuple(map(int, several)))
 
     def check_optimizer(self, tx: Any) -> None:
         if not isinstance(tx, optax.GradientTransformation):
+            hint = ""
+            if isinstance(tx, optax.MultiSteps):
+                hint = (
+                    " Around a sharpness-aware optimizer, MultiSteps descends along the last "
+                    "micro-batch alone: use `num_microbatches=`, or put its "
+                    "`gradient_transformation()` inside, as `base`."
+                )
             raise TypeError(
-                f"{self.function}: `tx` must be an optax.GradientTransformation, got {tx!r}."
+                f"{self.function}: `tx` must be an optax.GradientTransformation, got {tx!r}.{hint}"
             )
         needs = [
             name
@@ -92,7 +108,7 @@ class Options(NamedTuple):
         """Positions of the batch among the arguments."""
         if self.batch_argnums is None:
             return tuple(range(len(args)))
-        argnums = tuple(self.batch_argnums)  # type: ignore[arg-type]
+        argnums: tuple = self.batch_argnums  # type: ignore[assignment]
         for i in argnums:
             if not 0 <= i < len(args):
                 raise ValueError(
@@ -172,6 +188,14 @@ def checked_loss(
             )
         value: Any = result[0] if has_aux else result
         aux = result[1] if has_aux else ()
+        kind = getattr(value, "dtype", type(value))
+        if kind is not float and not (
+            hasattr(value, "dtype") and jnp.issubdtype(kind, jnp.floating)
+        ):
+            raise TypeError(
+                f"{function}: the loss must return floating-point numbers, got "
+                f"{getattr(kind, '__name__', kind)}."
+            )
         if jnp.ndim(value) != per_example:
             wanted = "one number per example, of shape (batch,)" if per_example else "a scalar"
             raise ValueError(

@@ -506,7 +506,14 @@ def host_dispatched(
 # --- A part of the batch --------------------------------------------------------------------------
 
 
-def _share_of(gamma: float, size: int) -> int:
+def _share_of(gamma: float, losses: jax.Array, args: tuple, options: Options) -> int:
+    """ceil(gamma b), where there are b examples and as many losses."""
+    size = options.batch_size(args)
+    if size != len(losses):
+        raise ValueError(
+            f"{options.function}: the loss must be one number per example, got {len(losses)} "
+            f"losses for a batch of {size}."
+        )
     # A product such as 0.1 * 30 is a little above the integer that it means.
     return max(1, math.ceil(round(gamma * size, 9)))
 
@@ -612,12 +619,12 @@ def esam_step(
         clean = value_and_grad(_mean_of(losses), loss_scale)
 
         def perturbed(point, clean_aux, *args):
-            size = options.batch_size(args)
-            keep = _share_of(gamma, size)
-            if keep == size:
+            before = clean_aux[1]
+            keep = _share_of(gamma, before, args, options)
+            if keep == len(before):
                 return clean(point, *args)
             each = losses(point, *args)[0]
-            _, hurt = jax.lax.top_k(each - clean_aux[1], keep)
+            _, hurt = jax.lax.top_k(each - before, keep)
             return jnp.mean(each), clean(point, *options.take(args, hurt))[1], ()
 
         result = Step(tx, options, clean, perturbed).run(params, opt_state, args)
@@ -695,7 +702,7 @@ def ksam_step(
 
         def clean(point, *args):
             each, aux = losses(point, *args)
-            _, hard = jax.lax.top_k(each, _share_of(gamma, options.batch_size(args)))
+            _, hard = jax.lax.top_k(each, _share_of(gamma, each, args, options))
             value, gradient, _ = on_part(point, *options.take(args, hard))
             return jnp.mean(each), gradient, (aux, hard, value)
 
