@@ -1,5 +1,6 @@
 """What the training steps are made of: options, evaluations, and the two passes."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,12 +67,27 @@ class Options(NamedTuple):
         for name in ("num_groups", "num_microbatches"):
             check_number(self.function, name, getattr(self, name), low=1, integer=True)
         argnums = self.batch_argnums
-        return self._replace(batch_argnums=(argnums,) if isinstance(argnums, int) else argnums)
+        if argnums is None:
+            return self
+        several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in several):
+            raise TypeError(
+                f"{self.function}: `batch_argnums` must be an integer or several integers, got "
+                f"{argnums!r}."
+            )
+        return self._replace(batch_argnums=tuple(map(int, several)))
 
     def check_optimizer(self, tx: Any) -> None:
         if not isinstance(tx, optax.GradientTransformation):
+            hint = ""
+            if isinstance(tx, optax.MultiSteps):
+                hint = (
+                    " Around a sharpness-aware optimizer, MultiSteps descends along the last "
+                    "micro-batch alone: use `num_microbatches=`, or put its "
+                    "`gradient_transformation()` inside, as `base`."
+                )
             raise TypeError(
-                f"{self.function}: `tx` must be an optax.GradientTransformation, got {tx!r}."
+                f"{self.function}: `tx` must be an optax.GradientTransformation, got {tx!r}.{hint}"
             )
         needs = [
             name
@@ -92,7 +108,7 @@ class Options(NamedTuple):
         """Positions of the batch among the arguments."""
         if self.batch_argnums is None:
             return tuple(range(len(args)))
-        argnums = tuple(self.batch_argnums)  # type: ignore[arg-type]
+        argnums: tuple = self.batch_argnums  # type: ignore[assignment]
         for i in argnums:
             if not 0 <= i < len(args):
                 raise ValueError(
@@ -172,6 +188,14 @@ def checked_loss(
             )
         value: Any = result[0] if has_aux else result
         aux = result[1] if has_aux else ()
+        kind = getattr(value, "dtype", type(value))
+        if kind is not float and not (
+            hasattr(value, "dtype") and jnp.issubdtype(kind, jnp.floating)
+        ):
+            raise TypeError(
+                f"{function}: the loss must return floating-point numbers, got "
+                f"{getattr(kind, '__name__', kind)}."
+            )
         if jnp.ndim(value) != per_example:
             wanted = "one number per example, of shape (batch,)" if per_example else "a scalar"
             raise ValueError(
@@ -200,20 +224,28 @@ def value_and_grad(loss: Callable, loss_scale: Any) -> Callable:
     return evaluate
 
 
-def put_together(stacked: Any, evaluate: Callable, part: tuple, whole: tuple) -> Any:
+def put_together(function: str, stacked: Any, evaluate: Callable, part: tuple, whole: tuple) -> Any:
     """Auxiliary output of a whole batch from that of its parts; see the module's docstring."""
     if not jax.tree.leaves(stacked):
         return stacked
 
-    def join(x, one, all_):
-        if one.shape != all_.shape:
-            return jnp.reshape(x, all_.shape)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
-        return x[0]
+    def join(path, x, one, all_):
+        if one.shape == all_.shape:
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
+            return x[0]
+        # The batch is the one axis that is as many times longer as there are parts.
+        for i in range(len(one.shape)):
+            if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:
+                return jnp.reshape(jnp.moveaxis(x, 0, i), all_.shape)
+        raise ValueError(
+            f"{function}: auxiliary output `aux{jax.tree_util.keystr(path)}` of shape {one.shape} "
+            f"on each of {len(x)} parts of the batch cannot be put together to {all_.shape}, that "
+            "of the whole batch. Only one axis may follow the batch."
+        )
 
     shapes = (jax.eval_shape(lambda *a: evaluate(*a)[2], *args) for args in (part, whole))
-    return jax.tree.map(join, stacked, *shapes)
+    return jax.tree_util.tree_map_with_path(join, stacked, *shapes)
 
 
 def accumulated(evaluate: Callable, options: Options, axes: tuple) -> Callable:
@@ -238,7 +270,8 @@ def accumulated(evaluate: Callable, options: Options, axes: tuple) -> Callable:
         start = vary(zeros, tracked(axes))
         total, stacked = jax.lax.scan(add, start, {i: pieces[i] for i in chosen})
         value, gradient = cast_like(total, like)
-        return value, gradient, put_together(stacked, evaluate, (params, *first), (params, *args))
+        part, whole = (params, *first), (params, *args)
+        return value, gradient, put_together(options.function, stacked, evaluate, part, whole)
 
     return averaged
 
@@ -389,7 +422,8 @@ class Step(NamedTuple):
     def join_aux(self, stacked: Any, params: Any, args: tuple) -> Any:
         pieces = self.options.cut(args, self.options.num_groups, "num_groups")
         part = self.options.take(pieces, 0)
-        return put_together(stacked, self.clean, (params, *part), (params, *args))
+        part, whole = (params, *part), (params, *args)
+        return put_together(self.options.function, stacked, self.clean, part, whole)
 
     def start(self, params: Any, args: tuple) -> tuple:
         """The first pass, of every group where there are some."""

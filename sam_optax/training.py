@@ -163,6 +163,18 @@ def _batch_stats(aux: Any) -> Any:
     return None
 
 
+def _in_containers_of(old: Any, new: Any) -> Any:
+    """Running statistics in the state's own containers: a FrozenDict stays a FrozenDict."""
+    paths = [[path for path, _ in jax.tree_util.tree_leaves_with_path(x)] for x in (old, new)]
+    if paths[0] != paths[1]:
+        raise ValueError(
+            "linen_step: the `batch_stats` in the auxiliary output must have the leaves of "
+            f"`state.batch_stats`, got {jax.tree.structure(new)} instead of "
+            f"{jax.tree.structure(old)}."
+        )
+    return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
+
+
 def linen_step(
     state: Any,
     loss_fn: Callable[..., Any],
@@ -236,10 +248,12 @@ def linen_step(
     loss = checked_loss(loss_fn, has_aux, kwargs, options.function)
     step = two_gradients(loss, state.tx, options, loss_scale)
     result = step.run(state.params, state.opt_state, args)
-    changes = {"step": state.step + jnp.asarray(result.taken, jnp.result_type(state.step))}
+    changes = {"step": state.step + 1}
     stats = _batch_stats(result.clean_aux)
     if stats is not None and hasattr(state, "batch_stats"):
-        changes["batch_stats"] = select(result.taken, stats, state.batch_stats)
+        changes["batch_stats"] = _in_containers_of(state.batch_stats, stats)
+    if skip_nonfinite:
+        changes = select(result.taken, changes, {k: getattr(state, k) for k in changes})
     new = state.replace(params=result.params, opt_state=result.opt_state, **changes)
     return new, result.metrics
 
@@ -321,7 +335,14 @@ def nnx_step(
     def loss(params, *args):
         copy = nnx.merge(graph, params, rest, copy=True)
         value, aux = user_loss(copy, *args)
-        return value, (aux, nnx.as_pure(nnx.state(copy, nnx.Not(optimizer.wrt))))
+        after = nnx.as_pure(nnx.state(copy, nnx.Not(optimizer.wrt)))
+        if jax.tree.structure(after) != jax.tree.structure(rest):
+            raise ValueError(
+                "nnx_step: the loss must leave the model the variables it has, but it added or "
+                "removed some. Intermediates: call the model within `nnx.capture` in the loss, and "
+                "return them as auxiliary output."
+            )
+        return value, (aux, after)
 
     opt_state = nnx.as_pure(optimizer.opt_state)
     step = two_gradients(loss, optimizer.tx, options, loss_scale)
@@ -358,8 +379,9 @@ def host_dispatched(
     the step with ascent and the step without it are programs of their own, free of ``cond``.
 
     Policies that do not read the gradient (`every`, `bernoulli`, `from_step` around them) are asked
-    for many steps ahead at once, without waiting for the device. For the others, the clean gradient
-    is a program of its own, and the host reads one bool per step from the device.
+    for many steps ahead at once, without waiting for the device; with ``skip_nonfinite`` the host
+    reads the step count once per step. For the others, the clean gradient is a program of its own,
+    and the host reads one bool per step from the device.
 
     Args:
         loss_fn: as for `two_gradient_step`.
@@ -410,6 +432,11 @@ def host_dispatched(
             "follows the ascent into its `base`."
         )
     sharp: SharpnessAware = tx
+    if sharp.axes:
+        raise ValueError(
+            f"host_dispatched: `tx` averages over the mapped axes {sharp.axes}, but the host "
+            "decides outside of them. Leave `axis_name` out, and use `num_groups=` for m-sharpness."
+        )
     policy = sharp.policy
     donated = (0, 1) if donate else ()
 
@@ -449,6 +476,8 @@ def host_dispatched(
     def decided(opt_state) -> bool:
         if known["array"] is not opt_state.step:
             known.update(step=int(opt_state.step), decisions=())
+        elif skip_nonfinite:  # a skipped step left the count as it was: the device has to be asked
+            known["step"] = int(opt_state.step)
         at = known["step"] - known["from"]
         if not 0 <= at < len(known["decisions"]):
             decisions = look_ahead(np.int32(known["step"]), opt_state.policy)
@@ -468,9 +497,7 @@ def host_dispatched(
             return end(bool(ascend), params, opt_state, *rest, first)
         ascend = decided(opt_state)
         params, opt_state, metrics = whole(ascend, params, opt_state, *rest)
-        # A skipped step leaves the count as it was: then the device has to be asked.
-        sure = None if skip_nonfinite else opt_state.step
-        known.update(array=sure, step=known["step"] + 1)
+        known.update(array=opt_state.step, step=known["step"] + 1)
         return params, opt_state, metrics
 
     return step
@@ -479,7 +506,14 @@ def host_dispatched(
 # --- A part of the batch --------------------------------------------------------------------------
 
 
-def _share_of(gamma: float, size: int) -> int:
+def _share_of(gamma: float, losses: jax.Array, args: tuple, options: Options) -> int:
+    """ceil(gamma b), where there are b examples and as many losses."""
+    size = options.batch_size(args)
+    if size != len(losses):
+        raise ValueError(
+            f"{options.function}: the loss must be one number per example, got {len(losses)} "
+            f"losses for a batch of {size}."
+        )
     # A product such as 0.1 * 30 is a little above the integer that it means.
     return max(1, math.ceil(round(gamma * size, 9)))
 
@@ -585,12 +619,12 @@ def esam_step(
         clean = value_and_grad(_mean_of(losses), loss_scale)
 
         def perturbed(point, clean_aux, *args):
-            size = options.batch_size(args)
-            keep = _share_of(gamma, size)
-            if keep == size:
+            before = clean_aux[1]
+            keep = _share_of(gamma, before, args, options)
+            if keep == len(before):
                 return clean(point, *args)
             each = losses(point, *args)[0]
-            _, hurt = jax.lax.top_k(each - clean_aux[1], keep)
+            _, hurt = jax.lax.top_k(each - before, keep)
             return jnp.mean(each), clean(point, *options.take(args, hurt))[1], ()
 
         result = Step(tx, options, clean, perturbed).run(params, opt_state, args)
@@ -668,7 +702,7 @@ def ksam_step(
 
         def clean(point, *args):
             each, aux = losses(point, *args)
-            _, hard = jax.lax.top_k(each, _share_of(gamma, options.batch_size(args)))
+            _, hard = jax.lax.top_k(each, _share_of(gamma, each, args, options))
             value, gradient, _ = on_part(point, *options.take(args, hard))
             return jnp.mean(each), gradient, (aux, hard, value)
 
