@@ -226,13 +226,16 @@ def run(
         d, term, v = method.surrogate(g, gp, t, v)
         trace = d + momentum * trace
         w = w - learning_rate * (trace + term)
-        known = gp is not None
+        second, cosine = np.nan, np.nan
+        if gp is not None:
+            second = float(norm(gp))
+            cosine = float(g @ gp / norm(g) / second)
         yield Step(
             w,
-            ascend,
-            float(norm(g)),
-            size,
-            float(norm(gp)) if known else np.nan,
-            float(g @ gp / norm(g) / norm(gp)) if known else np.nan,
-            value,
+            ascended=ascend,
+            grad_norm=float(norm(g)),
+            perturbation_norm=size,
+            perturbed_grad_norm=second,
+            cosine=cosine,
+            perturbed_value=value,
         )

@@ -41,6 +41,11 @@ TOTAL = 6
 KEY = jax.random.key(3)
 
 
+def untyped(x: Any) -> Any:
+    """For the type checker: Optax's types do not know what a state holds."""
+    return x
+
+
 def base() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
 
@@ -94,7 +99,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    build: Callable[..., optax.GradientTransformationExtraArgs]
+    build: Callable[..., Any]
     method: Callable[[Facts, float], np_parts.Method]
     scale_free: bool = True
     direction: bool = False
@@ -105,7 +110,7 @@ class Row(NamedTuple):
         return {"direction": problem.direction} if self.direction else {}
 
 
-def _composed(*parts: Callable, **known: Any) -> Callable:
+def _composed(*parts: Any, **known: Any) -> Callable:
     """A builder for parts that are functions of rho or, as the policy, given as they are."""
 
     def build(base, rho=RHO, **kwargs):
@@ -366,7 +371,7 @@ def scan(row: Row, tx: Any, problem: Problem, batches: Any = None):
     step = step_fn(row, tx, problem)
 
     def body(carry, batch):
-        params, state = step(*carry, batch)
+        params, state = step(carry[0], carry[1], batch)
         return (params, state), (params, state.info)
 
     start = (problem.params, tx.init(problem.params))
@@ -380,4 +385,4 @@ def expected(steps):
 
 def trajectory(params: Any) -> np.ndarray:
     """Stacked parameters as an array: (steps, parameters)."""
-    return np.asarray(jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params))
+    return np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(params))

@@ -28,6 +28,7 @@ from rows import (
     scan,
     step_fn,
     trajectory,
+    untyped,
 )
 
 from sam_optax._types import ScalarOrSchedule
@@ -36,7 +37,7 @@ from sam_optax._types import ScalarOrSchedule
 class TestTrajectories(chex.TestCase):
     """Every row is its NumPy counterpart, step by step, with and without jit."""
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @untyped(chex.variants)(with_jit=True, without_jit=True)
     @parameterized.named_parameters((row.name, row) for row in ROWS)
     def test_steps_and_info(self, row):
         with jax.enable_x64(True):
@@ -129,7 +130,7 @@ def test_nothing_is_traced_or_compiled_again(row):
     params, state = problem.params, tx.init(problem.params)
     for t in range(3):
         params, state = step(params, state, problem.batch(t))
-    assert step._cache_size() == 1
+    assert untyped(step)._cache_size() == 1
 
 
 @every_row
@@ -257,7 +258,9 @@ def test_unknown_keywords_in_a_chain(row):
 
 def spy() -> optax.GradientTransformation:
     """Keeps the direction that it was fed as its state."""
-    return optax.GradientTransformation(optax.tree.zeros_like, lambda u, s, params=None: (u, u))
+    return untyped(optax.GradientTransformation)(
+        optax.tree.zeros_like, lambda updates, state, params=None: (updates, updates)
+    )
 
 
 # A line search complains about keywords that it does not know, as `direction=` would be.
@@ -277,7 +280,10 @@ def test_line_search_as_base(row, search):
     """The search gets its keywords, and the direction that any other base would get."""
     problem = problem32()
     params, batch = problem.params, problem.batch(0)
-    value_fn = functools.partial(problem.loss, batch=batch)
+
+    def value_fn(params):
+        return problem.loss(params, batch)
+
     value, grads = jax.value_and_grad(value_fn)(params)
     known = {"value": value, "grad": grads, "value_fn": value_fn}
     keywords = known | row.extra(problem) | {"grad_fn": jax.grad(value_fn)}
@@ -302,7 +308,7 @@ def test_line_search_as_base(row, search):
 def test_injected_rho(row):
     """A radius in the state can be changed between steps, and nothing is compiled again."""
     problem = problem32()
-    tx = optax.inject_hyperparams(lambda rho: row.build(base(), rho=rho))(rho=RHO)
+    tx = untyped(optax.inject_hyperparams(lambda rho: row.build(base(), rho=rho))(rho=RHO))
     params, batch, extra = problem.params, problem.batch(0), row.extra(problem)
     grad_fn = jax.grad(lambda p: problem.loss(p, batch))
     grads = grad_fn(params)
@@ -321,7 +327,7 @@ def test_injected_rho(row):
     for got, wanted in zip((step(state), step(doubled)), reference(), strict=True):
         got = (got[0], got[1].inner_state)
         chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert step._cache_size() == 1
+    assert untyped(step)._cache_size() == 1
 
 
 def real_hyperparameters():
@@ -443,7 +449,7 @@ def test_map_params_finds_the_trees_like_params(row):
     for chosen in (None, mask, matrices):
         tx = row.build(base(), mask=chosen)
         state = tx.init(problem.params)
-        marked = optax.tree.map_params(tx, lambda x: "found", state)
+        marked = untyped(optax.tree.map_params(tx, lambda x: "found", state))
         trees = [x for x in jax.tree.leaves(state) if x.ndim]
         assert jax.tree.leaves(marked).count("found") == len(trees)
         assert jax.tree.leaves(marked.base).count("found") == size

@@ -43,7 +43,7 @@ def cost(tx, second=True):
     state = jax.eval_shape(tx.init, PARAMS)
     step = jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, state, EXAMPLES).compile()
     analysis, memory = step.cost_analysis(), step.memory_analysis()
-    assert analysis is not None
+    assert analysis is not None and memory is not None
     return analysis["flops"], memory.temp_size_in_bytes
 
 

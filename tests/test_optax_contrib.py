@@ -14,10 +14,11 @@ import optax.contrib
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from problems import flat, mlp
-from rows import RHO, problem32
+from rows import RHO, problem32, untyped
 
-from sam_optax import sam
+import sam_optax
 
+sam = untyped(sam_optax.sam)
 SEEN = optax.__version__ == "0.2.8"
 BASES = {
     "sgd": lambda: optax.sgd(0.05),
@@ -31,11 +32,11 @@ def ascent(rho: Any = RHO):
 
 
 def opaque(base, rho: Any = RHO, **keywords: Any):
-    return optax.contrib.sam(base, ascent(rho), opaque_mode=True, **keywords)
+    return untyped(optax.contrib.sam(base, ascent(rho), opaque_mode=True, **keywords))
 
 
 def transparent(base, rho: Any = RHO, **keywords: Any):
-    return optax.contrib.sam(base, ascent(rho), **keywords)
+    return untyped(optax.contrib.sam(base, ascent(rho), **keywords))
 
 
 def walk(tx, problem, *, counted=False, calls=1):
@@ -110,7 +111,7 @@ def test_unknown_keywords():
     w = jnp.ones(3)
 
     def step(tx, grad_fn):
-        tx = optax.chain(tx, optax.contrib.reduce_on_plateau())
+        tx = untyped(optax.chain(tx, optax.contrib.reduce_on_plateau()))
         return tx.update(w, tx.init(w), w, grad_fn=grad_fn, value=1.0)[0]
 
     np.testing.assert_allclose(

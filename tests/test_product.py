@@ -146,21 +146,22 @@ def test_product(perturbation, policy, float64):
     setting = problem()
     perturb, perturb_in_numpy = PERTURBATIONS[perturbation]
     decide, decide_in_numpy = POLICIES[policy]
-    methods = {
+    methods: dict[str, Any] = {
         name: sharpness_aware(
             optax.sgd(LEARNING_RATE), perturb(), rule(), decide(), learning_rate=LEARNING_RATE
         )
         for name, (rule, _) in RULES.items()
     }
 
-    def step(tx, params, state, grad_fn):
+    def step(tx: Any, carry, grad_fn):
+        params, state = carry
         keywords = {"grad_fn": grad_fn, "direction": setting.direction}
         updates, state = tx.update(grad_fn(params), state, params, **keywords)
         return optax.apply_updates(params, updates), state
 
     def body(carry, batch):
         grad_fn = jax.grad(lambda p: quartic(p, batch))
-        carry = {name: step(tx, *carry[name], grad_fn) for name, tx in methods.items()}
+        carry = {name: step(tx, carry[name], grad_fn) for name, tx in methods.items()}
         return carry, {name: (params, state.info) for name, (params, state) in carry.items()}
 
     start = {name: (setting.params, tx.init(setting.params)) for name, tx in methods.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from problems import Problem, mlp
-from rows import KEY, RHO, ROWS, Row, base, problem64, scan, trajectory
+from rows import KEY, RHO, ROWS, Row, base, problem64, scan, trajectory, untyped
 
 import sam_optax
 from sam_optax import sharpness_aware
@@ -29,7 +29,8 @@ from sam_optax.surrogates import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-LOW, HIGH = {"lambda_1": -1e6, "lambda_2": -1e6}, {"lambda_1": 1e6, "lambda_2": 1e6}
+LOW: Any = {"lambda_1": -1e6, "lambda_2": -1e6}
+HIGH: Any = {"lambda_1": 1e6, "lambda_2": 1e6}
 
 
 def adamw():
@@ -252,7 +253,7 @@ def test_a_quadratic_step_in_closed_form():
     """On 0.5 w^T A w the perturbed gradient is A (w + rho A w / ||A w||)."""
     a, w = np.array([3.0, 1.0, 0.5]), np.array([1.0, -2.0, 4.0])
     grad_fn = jax.grad(lambda p: 0.5 * jnp.sum(a * p * p))
-    tx = sam_optax.sam(sgd(), RHO)
+    tx = untyped(sam_optax.sam(sgd(), RHO))
     params = jnp.asarray(w)
     updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
     g = a * w

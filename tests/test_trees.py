@@ -1,5 +1,6 @@
 """Every row on the trees that people have: masked, empty, of any dtype, with any numbers."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import chex
@@ -21,6 +22,7 @@ from rows import (
     problem64,
     scan,
     trajectory,
+    untyped,
 )
 
 import sam_optax
@@ -135,7 +137,7 @@ def test_eps_is_computed_wide_and_rounded_once(dtype):
         points.append(p)
         return g
 
-    tx = sam_optax.sam(optax.sgd(0.1), RHO)
+    tx = untyped(sam_optax.sam(optax.sgd(0.1), RHO))
     _, state = tx.update(g, tx.init(w), w, grad_fn=grad_fn)
     wide = np.asarray(g, np.float64)
     eps = RHO * wide / np.linalg.norm(wide)
@@ -215,7 +217,7 @@ def test_half_precision_gradients_whose_norm_overflows():
     """300 gradients of 60000 in float16, whose norm is a million: eps has its length."""
     w = jnp.zeros(300, jnp.float16)
     grad_fn = constant(jnp.full(300, 60000.0, jnp.float16), 1.0)
-    tx = sam_optax.sam(optax.sgd(1e-4), RHO)
+    tx = untyped(sam_optax.sam(optax.sgd(1e-4), RHO))
     updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
     np.testing.assert_allclose(state.info.grad_norm, 60000 * np.sqrt(300), rtol=1e-3)
     np.testing.assert_allclose(state.info.perturbation_norm, RHO, rtol=1e-3)
@@ -228,7 +230,7 @@ def test_non_finite_gradients_stay_visible(row, bad):
     """In the updates; and `apply_if_finite` around it steps over them, state and all."""
     params = {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.25])}
     tx = row.build(base())
-    guarded = optax.apply_if_finite(tx, max_consecutive_errors=3)
+    guarded = untyped(optax.apply_if_finite(tx, max_consecutive_errors=3))
     gradient = jax.grad(bowl)
 
     @jax.jit
@@ -272,7 +274,7 @@ def test_a_radius_for_each_group():
     """`optax.partition` as perturbation: each group has its own norm and its own rho."""
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0]), "c": jnp.array([4.0])}
     labels = {"a": "near", "b": "far", "c": "fixed"}
-    groups = {
+    groups: dict[Hashable, Any] = {
         "near": steepest_ascent(0.1),
         "far": steepest_ascent(2.0),
         "fixed": optax.set_to_zero(),
