@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._axes import average, tracked, vary
+from sam_optax._axes import average, tracked, vary, varying
 from sam_optax._tree import accumulator, cast_like, check_number, norm, upcast
 from sam_optax._types import SharpnessAwareState
 from sam_optax.combinator import SharpnessAware
@@ -429,6 +429,12 @@ class Step(NamedTuple):
         """The first pass, of every group where there are some."""
         if self.options.num_groups == 1:
             return self.first_pass(params, args)
+        if any(map(varying, jax.tree.leaves((params, args)))):
+            raise ValueError(
+                f"{self.options.function}: `num_groups` = {self.options.num_groups} within "
+                "shard_map needs `check_vma=False`: JAX tracks no axis of vmap, on which groups "
+                "are built. Or leave shard_map out, and cut the global batch into groups."
+            )
         return self.grouped(lambda p, a, _: self.first_pass(p, a), (params,), args, None, 0)
 
     def finish(self, params, opt_state, args, first, ascend=None) -> Result:
