@@ -1,4 +1,4 @@
-# smoke: --epochs 1 --seeds 1 --methods sgd sam ae_sam
+# smoke: --epochs 1 --seeds 1 --methods sgd sam ae_sam --diagnostics
 """Compare sharpness-aware methods on handwritten digits, with wrong labels in the training set.
 
 Trains a small Flax classifier on scikit-learn's digits (1797 images of 8 x 8 pixels, bundled, no
@@ -8,6 +8,7 @@ digits, then the mistakes: what is compared is how much of the second each metho
 
     python examples/compare.py
     python examples/compare.py --methods sgd sam vasso --label-noise 0.2 --rho 0.1 --seeds 5
+    python examples/compare.py --diagnostics
 
 Nothing here was tuned. Base optimizer, batch size, learning rate, weight decay and radius are those
 with which the WSAM paper (arXiv:2305.15817, Section 6.3 and Table 5) trains a ResNet at 40 % label
@@ -35,6 +36,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import sam_optax as so
+from sam_optax import diagnostics
 
 METHODS = {
     "sgd": "SGD",
@@ -59,6 +61,12 @@ DEFAULT = ("sgd", "sam", "asam", "wsam", "friendly_sam", "stable_sam", "ae_sam",
 
 
 TRAIN = 1347  # images, of 1797
+SHARPNESS_RADIUS = 0.2  # of one ball for all methods, whatever they trained with
+FLATNESS_CAPTION = (
+    "\nAt the end, of the loss over the training set with its flipped labels: largest eigenvalue "
+    "and trace of\nthe Hessian, and the rise of the loss within a ball of radius "
+    f"{SHARPNESS_RADIUS:g}."
+)
 
 
 def default_rho(name: str) -> float:
@@ -130,6 +138,16 @@ class Classifier(nnx.Module):
         return self.layers[-1](x)
 
 
+def make_loss(graphdef: nnx.GraphDef) -> Callable:
+    """``(params, images, labels) -> mean cross-entropy``."""
+
+    def loss_fn(params, images, labels):
+        logits = nnx.merge(graphdef, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss_fn
+
+
 def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs) -> Callable:
     """One pass over the batches: ``(params, opt_state, batches) -> (params, opt_state, log)``.
 
@@ -137,9 +155,7 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs
     every step, the clean loss and whether the step ascended.
     """
 
-    def loss_fn(params, images, labels):
-        logits = nnx.merge(graphdef, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    loss_fn = make_loss(graphdef)
 
     def step(carry, batch):
         params, opt_state = carry
@@ -161,6 +177,20 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs
     return epoch
 
 
+class Flatness(NamedTuple):
+    """How flat the training loss (with its flipped labels) is where training ended.
+
+    Attributes:
+        eigenvalue: largest eigenvalue of the Hessian.
+        trace: of the Hessian, estimated.
+        sharpness: rise of the loss within a ball of radius ``SHARPNESS_RADIUS``.
+    """
+
+    eigenvalue: jax.Array | float
+    trace: jax.Array | float
+    sharpness: jax.Array | float
+
+
 class Run(NamedTuple):
     """What training once left behind.
 
@@ -169,12 +199,24 @@ class Run(NamedTuple):
         loss: f64[epochs], mean clean loss over the steps of each epoch, on the flipped labels.
         ascended: share of the steps that computed a second gradient.
         seconds: spent in training steps, without compilation and evaluation.
+        flatness: with ``--diagnostics``.
     """
 
     accuracy: np.ndarray
     loss: np.ndarray
     ascended: float
     seconds: float
+    flatness: Flatness | None
+
+
+def flatness(loss: Callable, params, num_steps: int = 10) -> Flatness:
+    """How flat a loss is at some parameters, by three measures."""
+    key = jax.random.key(0)
+    return Flatness(
+        diagnostics.hessian_top_eigenvalues(loss, params, key, num_iters=32)[0],
+        diagnostics.hessian_trace(loss, params, key, num_samples=64)[0],
+        diagnostics.sharpness(loss, params, SHARPNESS_RADIUS, num_steps=num_steps),
+    )
 
 
 def train(
@@ -202,6 +244,13 @@ def train(
         logits = nnx.merge(graphdef, params)(jnp.asarray(digits.test_images))
         return jnp.mean(jnp.argmax(logits, axis=-1) == digits.test_labels)
 
+    @jax.jit
+    def measure(params, labels):
+        def loss(params):
+            return make_loss(graphdef)(params, jnp.asarray(digits.train_images), labels)
+
+        return flatness(loss, params)
+
     # Compiled ahead, so that the clock sees training alone.
     shapes = draw_batches(np.random.default_rng(0), digits.train_labels)
     epoch = jax.jit(make_epoch(graphdef, tx)).lower(params, opt_state, shapes).compile()
@@ -224,7 +273,9 @@ def train(
             losses.append(float(np.mean(loss)))
             ascents.append(float(np.mean(ascended)))
             advance(seed)
-        runs.append(Run(np.array(accuracies), np.array(losses), float(np.mean(ascents)), seconds))
+        measured = Flatness(*map(float, measure(params, labels))) if args.diagnostics else None
+        share = float(np.mean(ascents))
+        runs.append(Run(np.array(accuracies), np.array(losses), share, seconds, measured))
     return runs
 
 
@@ -234,6 +285,15 @@ def mean_and_std(values: Sequence[float], digits: int) -> str:
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def flatness_cells(runs: list[Run]) -> list[str]:
+    """The columns of ``--diagnostics``, or none."""
+    measured = [run.flatness for run in runs if run.flatness]
+    return [
+        mean_and_std(column, places)
+        for column, places in zip(zip(*measured, strict=True), (1, 0, 3), strict=False)
+    ]
+
+
 def tabulate(results: dict[str, tuple[float, list[Run]]], args: argparse.Namespace) -> Table:
     """One row per method."""
     plural = "" if args.seeds == 1 else "s"
@@ -241,10 +301,14 @@ def tabulate(results: dict[str, tuple[float, list[Run]]], args: argparse.Namespa
         title=f"digits, {100 * args.label_noise:g} % of the training labels flipped, "
         f"{args.epochs} epochs, {args.seeds} seed{plural}",
         caption="Accuracy after the last epoch, on clean labels. Loss: clean pass, last epoch, "
-        "flipped labels.\nSeconds per seed, without compilation.",
+        "flipped labels.\nSeconds per seed, without compilation."
+        + FLATNESS_CAPTION
+        * args.diagnostics,
     )
     table.add_column("method")
     for heading in ("rho", "test accuracy %", "train loss", "ascended %", "seconds"):
+        table.add_column(heading, justify="right")
+    for heading in ("lambda_max", "trace", "sharpness") if args.diagnostics else ():
         table.add_column(heading, justify="right")
     for name, (rho, runs) in results.items():
         table.add_row(
@@ -254,6 +318,7 @@ def tabulate(results: dict[str, tuple[float, list[Run]]], args: argparse.Namespa
             mean_and_std([run.loss[-1] for run in runs], 3),
             f"{100 * np.mean([run.ascended for run in runs]):.0f}",
             f"{np.mean([run.seconds for run in runs]):.2f}",
+            *flatness_cells(runs),
         )
     return table
 
@@ -343,6 +408,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=number(int, 1), default=3, help="how often to train with each method")
     add("--batch-size", type=number(int, 1, TRAIN), default=128, help="images per step")
     add("--learning-rate", type=number(float, 0, open_low=True), default=0.05, help="at the start")
+    add("--diagnostics", action="store_true", help="measure how flat the minima are")
     add("--output", type=Path, default=Path("learning_curves.png"), help="PNG to write")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
@@ -382,7 +448,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.update(bar, advance=1, description=f"{label}, seed {seed}")
 
             results[name] = (rho, train(name, rho, digits, args, advance))
-    Console().print(tabulate(results, args))
+    console = Console()
+    # Narrower, a table would break its numbers; a terminal may wrap the lines instead.
+    console.width = max(console.width, 112 if args.diagnostics else 80)
+    console.print(tabulate(results, args))
     draw(results, args.output)
     print(f"Learning curves: {args.output}")
     return 0

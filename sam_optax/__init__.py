@@ -2,14 +2,15 @@
 
 A step is a perturbation, a surrogate rule, a policy and a base optimizer, put together by
 `sharpness_aware`; `sam`, `wsam`, `ae_sam` and the others are such expressions with a name. See
-`sam_optax.perturbations`, `sam_optax.surrogates` and `sam_optax.policies` for the parts, and
-`sam_optax.training` for training steps.
+`sam_optax.perturbations`, `sam_optax.surrogates` and `sam_optax.policies` for the parts,
+`sam_optax.training` for training steps, and `sam_optax.diagnostics` for measuring how flat a
+minimum is.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from sam_optax import perturbations, policies, surrogates, training
+from sam_optax import diagnostics, perturbations, policies, surrogates, training
 from sam_optax._types import (
     Direction,
     Policy,
@@ -53,6 +54,7 @@ __all__ = [
     "ae_sam",
     "asam",
     "coupled_wsam",
+    "diagnostics",
     "fisher_sam",
     "friendly_asam",
     "friendly_sam",

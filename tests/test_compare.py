@@ -70,6 +70,25 @@ def test_runs_write_table_and_figure(tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
+def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys):
+    output = str(tmp_path / "curves.png")
+    argv = ["--methods", "sgd", "sam", "--epochs", "1", "--seeds", "2", "--diagnostics"]
+    assert compare.main([*argv, "--output", output]) == 0
+    printed = capsys.readouterr().out
+    assert "lambda_max" in printed and "trace" in printed and "sharpness" in printed
+    for line in printed.splitlines():
+        if line.startswith(("│ SGD", "│ SAM")):
+            cells = [cell.strip() for cell in line.split("│")[1:-1]]
+            assert len(cells) == 9 and all("±" in cell for cell in cells[6:])
+
+    # On a quadratic with eigenvalues 4 and 1: a ball of radius r raises the loss by 2 r^2.
+    quadratic = compare.flatness(
+        lambda w: 2 * w[0] ** 2 + w[1] ** 2 / 2 + 1e-6 * w[0], jnp.zeros(2), num_steps=100
+    )
+    expected = (4.0, 5.0, 2 * compare.SHARPNESS_RADIUS**2)
+    np.testing.assert_allclose(np.array(quadratic), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
