@@ -75,7 +75,7 @@ class Options(NamedTuple):
                 f"{self.function}: `batch_argnums` must be an integer or several integers, got "
                 f"{argnums!r}."
             )
-        return self._replace(batch_argnums=tuple(map(int, several)))
+        return self._replace(batch_argnums=tuple(int(i) for i in several))
 
     def check_optimizer(self, tx: Any) -> None:
         if not isinstance(tx, optax.GradientTransformation):

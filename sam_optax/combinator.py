@@ -11,7 +11,7 @@ r"""`sharpness_aware`: a perturbation, a surrogate rule, a policy and a base opt
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,9 @@ class SharpnessAware(optax.GradientTransformationExtraArgs):
     policy: Policy
     axes: tuple
     advance: Callable
+    if TYPE_CHECKING:  # Optax types every state as a tree of arrays; ours has fields to look at
+        init: Callable[[Any], SharpnessAwareState]
+        update: Callable[..., tuple[Any, SharpnessAwareState]]
 
 
 class _Outcome(NamedTuple):
@@ -168,7 +171,7 @@ def sharpness_aware(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> SharpnessAware:
     r"""Descend along what a second gradient, at perturbed parameters, says about the first.
 
     .. math:: \epsilon = \mathrm{perturbation}(g, w), \quad g_p = \nabla L(w + \epsilon), \quad

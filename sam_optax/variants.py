@@ -23,7 +23,7 @@ import optax
 
 from sam_optax._tree import check_number, value_at
 from sam_optax._types import ScalarOrSchedule
-from sam_optax.combinator import sharpness_aware
+from sam_optax.combinator import SharpnessAware, sharpness_aware
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
@@ -43,16 +43,15 @@ from sam_optax.surrogates import (
 )
 
 _Parameters = ParamSpec("_Parameters")
-_Transformation = optax.GradientTransformationExtraArgs
 
 
 def _method(
-    build: Callable[_Parameters, _Transformation],
-) -> Callable[_Parameters, _Transformation]:
+    build: Callable[_Parameters, SharpnessAware],
+) -> Callable[_Parameters, SharpnessAware]:
     """Put the name of the method that was called in front of what its parts complain about."""
 
     @functools.wraps(build)
-    def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Transformation:
+    def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> SharpnessAware:
         try:
             return build(*args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -69,7 +68,7 @@ def sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Sharpness-aware minimization: descend along the gradient at the worst nearby point.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \qquad d = \nabla L(w + \epsilon)
@@ -128,7 +127,7 @@ def asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Adaptive SAM: the ball scales with the weights, so that rescaling layers changes nothing.
 
     .. math:: \epsilon = \rho \frac{t^2 g}{\lVert t\, g \rVert_2}, \quad t = |w| + \eta, \qquad d
@@ -190,7 +189,7 @@ def fisher_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Fisher SAM: the ball is that of the diagonal empirical Fisher metric.
 
     .. math:: \epsilon = \rho \frac{F^{-1} g}{\sqrt{g^\top F^{-1} g}}, \quad F = \mathrm{diag}(1 +
@@ -249,7 +248,7 @@ def gsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
@@ -313,7 +312,7 @@ def wsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
@@ -379,7 +378,7 @@ def coupled_wsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Coupled WSAM: sharpness as a weighted regularizer, through the base optimizer.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
@@ -438,7 +437,7 @@ def stable_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""StableSAM: the perturbed gradient, at the length of the clean one.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
@@ -502,7 +501,7 @@ def stable_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""StableASAM: the ball of ASAM, and the perturbed gradient at the length of the clean one.
 
     .. math:: \epsilon = \rho \frac{t^2 g}{\lVert t\, g \rVert_2}, \quad t = |w| + \eta, \quad
@@ -571,7 +570,7 @@ def friendly_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Friendly SAM: the full-gradient part is taken out of the perturbation.
 
     .. math:: m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad
@@ -640,7 +639,7 @@ def friendly_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Friendly ASAM: the perturbation of Friendly SAM in the ball of ASAM.
 
     .. math:: m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad \delta = g_t - \sigma m_t, \quad
@@ -713,7 +712,7 @@ def look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""LookSAM: SAM every k steps, and in between its flattening part, reused.
 
     .. math:: t \bmod k = 0: \; d = g_p, \quad g_v = g_p - \frac{\langle g, g_p \rangle}{\lVert g
@@ -780,7 +779,7 @@ def ss_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""SS-SAM: SAM with a probability at every step, else the base optimizer.
 
     .. math:: z_t \sim \mathrm{Bernoulli}(p), \qquad
@@ -843,7 +842,7 @@ def ae_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
     .. math:: d = \nabla L(w + \rho\, g / \lVert g \rVert_2) \;\text{ if }\; \lVert g \rVert^2 \ge
@@ -915,7 +914,7 @@ def ae_look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""AE-LookSAM: AE-SAM, and the last flattening part reused where it does not ascend.
 
     .. math:: \text{if }\lVert g \rVert^2 \ge \mu_t + c_t \sigma_t:\;
@@ -987,7 +986,7 @@ def vasso(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""VaSSO: ascend along a moving average of gradients, whose variance is smaller.
 
     .. math:: m_t = (1-\theta) m_{t-1} + \theta g_t, \quad m_0 = g_0, \quad
@@ -1047,7 +1046,7 @@ def gnp(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-) -> _Transformation:
+) -> SharpnessAware:
     r"""Gradient norm penalty: descend between the clean and the perturbed gradient.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \qquad d = (1 - \alpha) g + \alpha
