@@ -2,13 +2,14 @@
 
 A step is a perturbation, a surrogate rule, a policy and a base optimizer, put together by
 `sharpness_aware`; `sam`, `wsam`, `ae_sam` and the others are such expressions with a name. See
-`sam_optax.perturbations`, `sam_optax.surrogates` and `sam_optax.policies` for the parts.
+`sam_optax.perturbations`, `sam_optax.surrogates` and `sam_optax.policies` for the parts, and
+`sam_optax.training` for training steps.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from sam_optax import perturbations, policies, surrogates
+from sam_optax import perturbations, policies, surrogates, training
 from sam_optax._types import (
     Direction,
     Policy,
@@ -67,6 +68,7 @@ __all__ = [
     "stable_asam",
     "stable_sam",
     "surrogates",
+    "training",
     "vasso",
     "wsam",
 ]

@@ -127,7 +127,7 @@ def resolve_mask(mask: Any, params: Any, function: str, name: str = "mask") -> A
 
     def spread(keep, subtree):
         traced = isinstance(keep, jax.core.Tracer)
-        if traced or jnp.shape(keep) or jnp.result_type(keep) != jnp.dtype(bool):
+        if traced or np.ndim(keep) or np.asarray(keep).dtype != bool:
             raise TypeError(
                 f"{function}: every leaf of `{name}` must be one bool, known when tracing; got "
                 f"{keep!r}."
@@ -167,7 +167,7 @@ def check_number(
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
         return
     kind = numbers.Integral if integer else numbers.Real
-    open_high = open_high or math.isinf(high)
+    open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     wanted = f"{'an integer' if integer else 'a number'} in {interval}"
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -178,6 +178,14 @@ def check_number(
     below = number < high if open_high else number <= high
     if not (above and below):
         raise ValueError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
+
+
+def check_key(function: str, key: Any) -> None:
+    """Raise unless this is a PRNG key."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{function}: `key` must be a PRNG key such as jax.random.key(0), got {key!r}."
+        )
 
 
 def check_like(tree: Any, params: Any, function: str, name: str) -> None:

@@ -218,7 +218,8 @@ def sharpness_aware(
         (XLA merges the two). The loss must be this shard's own, not averaged inside.
 
     Cost: one gradient beyond the clean one per ascent; while it lasts, one copy of the perturbed
-    leaves. What the parts add is in their own docstrings.
+    leaves, and the clean gradient, which ``info.cosine`` and most rules read afterwards. What the
+    parts add is in their own docstrings.
 
     Reduces to: ``base`` for eps = 0 and for the policy `never`.
 

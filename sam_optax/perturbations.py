@@ -10,6 +10,7 @@ they keep the gradient's dtype, and ``step`` is 0 where it is not given.
 A part with a running state sees the clean gradient of every step, ascended or not.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import optax
 
 from sam_optax._tree import (
     cast_like,
+    check_key,
     check_like,
     check_number,
     component_along,
@@ -121,7 +123,7 @@ def _is_weight(path: tuple) -> bool:
 def adaptive_ascent(
     rho: ScalarOrSchedule, eta: ScalarOrSchedule, adaptive_mask: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Steepest ascent in a ball that scales with the weights: ASAM's neighbourhood.
+    r"""Steepest ascent in a ball that scales with the weights: ASAM's neighborhood.
 
     `steepest_ascent` with :math:`t = |w| + \eta` on the leaves of ``adaptive_mask`` and t = 1 on
     the others. With ``eta = 0``, rescaling the weights of two layers against each other, so that
@@ -388,7 +390,8 @@ def _direction(direction: Any, g: Any, function: str) -> Any:
             f"{function}: pass the tree to project with to `update` as the keyword `direction=` "
             "(the full gradient, for SAM-full and SAM-noise)."
         )
-    direction = prune(direction, g)
+    with contextlib.suppress(ValueError):  # another tree: the next line says where
+        direction = prune(direction, g)
     check_like(direction, g, function, "direction")
     return upcast(direction)
 
@@ -514,6 +517,7 @@ def random_mask(
     .. note:: Differences. The authors' code draws per tensor, and normalizes over what was kept:
         ``chain(random_mask(key, beta, "tensor"), steepest_ascent(rho / beta))``.
     """
+    check_key("random_mask", key)
     check_number("random_mask", "beta", beta, high=1, open_low=True)
     if granularity not in ("element", "tensor"):
         raise ValueError(
@@ -569,6 +573,8 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
         Croci et al., `Stochastic Rounding: Implementation, Error Analysis and Applications
         <https://royalsocietypublishing.org/doi/10.1098/rsos.211631>`_, 2022.
     """
+
+    check_key("stochastic_rounding", key)
 
     def displace(eps, params, step, **extra_args):
         if params is None:

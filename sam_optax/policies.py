@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax._tree import accumulator, check_number, norm, value_at
+from sam_optax._tree import accumulator, check_key, check_number, norm, value_at
 from sam_optax._types import Policy, ScalarOrSchedule
 
 
@@ -113,6 +113,7 @@ def bernoulli(key: jax.Array, probability: ScalarOrSchedule) -> Policy:
         Training Deep Neural Networks <https://arxiv.org/abs/2203.09962>`_, 2022, as restated in
         Section 2 of the AE-SAM paper.
     """
+    check_key("bernoulli", key)
     check_number("bernoulli", "probability", probability, high=1)
 
     def decide(step):

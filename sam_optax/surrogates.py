@@ -328,15 +328,11 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
             return direction
         target, size = magnitude(g), magnitude(direction.descent)
         ratio = jnp.sqrt(divide(target.square, size.square))
+        factor = ratio * (target.largest / size.largest)
         if bounded:
             low = value_at(clip, step)
-            ratio = ratio * (target.largest / size.largest)
-            factor = jnp.minimum(jnp.maximum(ratio, low), jnp.sqrt(low))
-            descent = jax.tree.map(lambda x: factor * x, upcast(direction.descent))
-        else:
-            descent = jax.tree.map(
-                lambda x: x / size.largest * ratio * target.largest, upcast(direction.descent)
-            )
+            factor = jnp.minimum(jnp.maximum(factor, low), jnp.sqrt(low))
+        descent = jax.tree.map(lambda x: factor * x, upcast(direction.descent))
         return direction._replace(descent=cast_like(descent, g))
 
     def fresh(g, gp, step, state):

@@ -8,8 +8,9 @@ All return a ``GradientTransformationExtraArgs`` whose ``update`` takes the clea
 numbers or Optax schedules of the combinator's ``step``. Out of range, they raise a ValueError
 that names function, argument, value and range.
 
-Memory is given beyond the base optimizer's. SAM needs one copy of the parameters, w + eps, while
-the second gradient is computed, and stores nothing between steps.
+Memory is given beyond the base optimizer's. Within a step SAM needs two copies of the parameters:
+w + eps, and the clean gradient, which outlives the second pass for `SharpnessInfo.cosine`. Between
+steps it stores nothing.
 """
 
 import functools
@@ -79,7 +80,11 @@ def sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -138,7 +143,11 @@ def asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -194,7 +203,11 @@ def fisher_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
 
@@ -237,8 +250,7 @@ def gsam(
     axis_name: Any = None,
     sync_perturbation: bool = False,
 ) -> _Transformation:
-    r"""Surrogate gap guided SAM: descend on the perturbed loss and shrink the surrogate gap as
-    well.
+    r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
     .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
               \qquad d = g_p - \alpha \Bigl(g - \frac{\langle g, g_p \rangle}{\lVert g_p \rVert^2}
@@ -252,9 +264,14 @@ def gsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
 
-    Cost: 2 gradients per step; nothing stored. One more inner product than SAM.
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
+
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM, and one more inner product.
 
     Reduces to: `sam` at ``alpha=0``; ``base`` at ``rho=0``.
 
@@ -273,7 +290,7 @@ def gsam(
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
 
-    .. note:: Differences. The authors' JAX code forms eps and d per device; `axis_name` here
+    .. note:: Differences. The authors' JAX code forms eps and d per device; ``axis_name`` here
         averages the two gradients before the rule combines them.
     """
     return sharpness_aware(
@@ -310,10 +327,14 @@ def wsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
 
-    Cost: 2 gradients per step; nothing stored. One more copy of the parameters than SAM within
-    the step.
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
+
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD, `coupled_wsam`.
 
@@ -371,9 +392,14 @@ def coupled_wsam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
 
-    Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
+
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``gamma=1/2``; ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD,
     `wsam`.
@@ -426,11 +452,15 @@ def stable_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
-    Reduces to: ``base`` at ``rho=0``.
+    Reduces to: ``base`` at ``rho=0``, ``clip=None``.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -445,8 +475,8 @@ def stable_sam(
 
     References:
         Tan et al., `Stabilizing Sharpness-Aware Minimization Through a Simple Renormalization
-        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024,
-        Algorithm 1; ``clip``: Remark 19.
+        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024, Algorithm 1; ``clip``:
+        Remark 19.
 
     .. note:: Differences. As Algorithm 1 and the authors' code, the factor acts in both
         directions, though the text speaks of a norm that "does not exceed" the clean one.
@@ -489,11 +519,16 @@ def stable_asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
 
-    Reduces to: `stable_sam` with t = 1 (``adaptive_mask=False``); ``base`` at ``rho=0``.
+    Reduces to: `stable_sam` with t = 1 (``adaptive_mask=False``); ``base`` at ``rho=0``,
+    ``clip=None``.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -553,7 +588,11 @@ def friendly_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -621,7 +660,11 @@ def friendly_asam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -685,10 +728,14 @@ def look_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent keeps the reused component.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least),
-    replaced on ascents.
+    replaced on ascents. Within the step, one copy of the parameters more than SAM.
 
     Reduces to: `sam` at ``k=1``; ``base`` at ``rho=0``.
 
@@ -705,8 +752,8 @@ def look_sam(
 
     References:
         Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-        <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, as restated in
-        Section 2 and Algorithm 1 of the AE-SAM paper.
+        <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, as restated in Section 2 and
+        Algorithm 1 of the AE-SAM paper.
 
     .. note:: Differences. Norms and inner products run over the whole tree; several public ports
         take them per tensor. No code of the authors is public. The reused direction ages: with
@@ -747,9 +794,14 @@ def ss_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent moves `base`, `step` and `info` alone.
 
-    Cost: 1 + ``probability`` gradients per step; nothing stored.
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
+
+    Cost: 1 + ``probability`` gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``probability=1``; ``base`` at ``probability=0`` or ``rho=0``.
 
@@ -792,8 +844,7 @@ def ae_sam(
     axis_name: Any = None,
     sync_perturbation: bool = False,
 ) -> _Transformation:
-    r"""AE-SAM: SAM where the gradient norm says that the landscape is sharp, else the base
-    optimizer.
+    r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
     .. math:: d = \nabla L(w + \rho\, g / \lVert g \rVert_2) \;\text{ if }\; \lVert g \rVert^2 \ge
               \mu_t + c_t \sigma_t \;\text{ else }\; g
@@ -808,10 +859,14 @@ def ae_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent moves the policy's averages all the same.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents (about one half in the paper); two
-    scalars stored.
+    scalars stored. Within the step, one copy of the parameters more than SAM.
 
     Reduces to: `sam` for ``lambda_1 = lambda_2`` very negative, ``base`` for very positive, or
     ``rho=0``.
@@ -878,10 +933,16 @@ def ae_look_sam(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. A step without ascent keeps the reused component and moves the policy's
+        averages.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents; one copy of the parameters stored
-    (float32 at least), replaced on ascents.
+    (float32 at least), replaced on ascents. Within the step, one copy of the parameters more
+    than SAM.
 
     Reduces to: `ae_sam` at ``alpha=0``; `sam` for very negative thresholds; ``base`` at ``rho=0``.
 
@@ -939,7 +1000,11 @@ def vasso(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
+
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
     every step.
@@ -995,9 +1060,14 @@ def gnp(
         mask, axis_name, sync_perturbation: as in `sharpness_aware`.
 
     Returns:
-        A ``GradientTransformationExtraArgs``, see `sharpness_aware`.
+        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
+        `sharpness_aware`. Every step ascends.
 
-    Cost: 2 gradients per step; nothing stored. The clean gradient lives through the second pass.
+    Raises:
+        ValueError, TypeError: an argument is outside its range; the message names it.
+
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
+    parameters more than SAM.
 
     Reduces to: `sam` at ``alpha=1``; ``base`` at ``alpha=0`` or ``rho=0``.
 

@@ -12,8 +12,8 @@ if metadata.version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture

@@ -1,0 +1,353 @@
+"""Every method in NumPy, float64, written from the papers: what the library is tested against.
+
+A method is a generator that reads like its algorithm box. It takes the parameters as one flat
+vector ``w``, one gradient function per step in ``grads`` (the gradient on that step's minibatch)
+and a base optimizer ``base(w, d) -> w``, and yields ``w`` after every step. Where the box leaves
+the neighbourhood open, ``ascent(v, w)`` is the displacement along a direction ``v``.
+
+Comments name lines and equations of the paper in the docstring. ``eps`` is the guard that some
+boxes and most public codes add to a norm: 0, unless a test compares with such code.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Gradient = Callable[[Array], Array]
+Gradients = Sequence[Gradient]
+Base = Callable[[Array, Array], Array]
+Ascent = Callable[[Array, Array], Array]
+Scheduled = float | Callable[[int], float]
+Steps = Iterator[Array]
+
+norm = np.linalg.norm
+
+
+def unit(v: Array, eps: float = 0.0) -> Array:
+    """v / (||v|| + eps), and 0 for v = 0."""
+    length = norm(v) + eps
+    return v / length if length > 0 else np.zeros_like(v)
+
+
+def at(value: Scheduled, t: int) -> float:
+    """A number, or a schedule at step t, counted from 0."""
+    return value(t) if callable(value) else value
+
+
+# Base optimizers.
+
+
+def sgd(lr: Scheduled, momentum: float = 0.0) -> Base:
+    """Table 1 of the WSAM paper: m_t = sum over i of momentum^i d_(t-i)."""
+    m, t = np.zeros(()), -1
+
+    def descend(w: Array, d: Array) -> Array:
+        nonlocal m, t
+        t += 1
+        m = momentum * m + d
+        return w - at(lr, t) * m
+
+    return descend
+
+
+def adamw(
+    lr: Scheduled,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+) -> Base:
+    """Loshchilov and Hutter 2019, Algorithm 2; the learning rate multiplies the decay too."""
+    m, v, t = np.zeros(()), np.zeros(()), -1
+
+    def descend(w: Array, d: Array) -> Array:
+        nonlocal m, v, t
+        t += 1
+        m = b1 * m + (1 - b1) * d
+        v = b2 * v + (1 - b2) * d**2
+        m_hat, v_hat = m / (1 - b1 ** (t + 1)), v / (1 - b2 ** (t + 1))
+        return w - at(lr, t) * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * w)
+
+    return descend
+
+
+# Neighbourhoods: how far a method looks along v.
+
+
+def ball(rho: float, eps: float = 0.0) -> Ascent:
+    """SAM (Foret et al. 2021, Eq. 2): rho v / ||v||."""
+    return lambda v, w: rho * unit(v, eps)
+
+
+def adaptive_ball(rho: float, eta: float, adaptive: Array, eps: float = 0.0) -> Ascent:
+    """ASAM (Kwon et al. 2021): rho T^2 v / ||T v||, T = |w| + eta where adaptive, else 1."""
+
+    def ascent(v: Array, w: Array) -> Array:
+        t = np.where(adaptive, np.abs(w) + eta, 1.0)
+        return rho * t * unit(t * v, eps)
+
+    return ascent
+
+
+def fisher_ball(rho: float, eta: float, eps: float = 0.0) -> Ascent:
+    """Fisher SAM (Kim et al. 2022): rho F^-1 v / sqrt(v F^-1 v), F = diag(1 + eta v^2)."""
+
+    def ascent(v: Array, w: Array) -> Array:
+        root = np.sqrt(1 + eta * v**2)
+        return rho / root * unit(v / root, eps)
+
+    return ascent
+
+
+def unnormalized(rho: float) -> Ascent:
+    """rho v: Andriushchenko and Flammarion 2022, and AE-SAM's Algorithm 1, line 7, as printed."""
+    return lambda v, w: rho * v
+
+
+# Methods.
+
+
+def descent(w: Array, grads: Gradients, base: Base) -> Steps:
+    """The base optimizer alone."""
+    for grad in grads:
+        w = base(w, grad(w))
+        yield w
+
+
+def sam(w: Array, grads: Gradients, base: Base, ascent: Ascent) -> Steps:
+    """WSAM paper, Algorithm 1: SAM; ASAM, Fisher SAM and USAM differ in the neighbourhood."""
+    for grad in grads:
+        g = grad(w)  # line 3
+        gp = grad(w + ascent(g, w))  # lines 4-5
+        w = base(w, gp)  # lines 6-7
+        yield w
+
+
+def gsam(
+    w: Array, grads: Gradients, base: Base, *, rho: Scheduled, alpha: float, eps: float = 0.0
+) -> Steps:
+    """GSAM (Zhuang et al. 2022), Algorithm 1."""
+    for t, grad in enumerate(grads):
+        g = grad(w)
+        gp = grad(w + at(rho, t) * unit(g, eps))
+        cosine = g @ gp / (norm(g) * norm(gp) + eps)
+        orthogonal = g - cosine * norm(g) * unit(gp, eps)  # part of g, across gp
+        w = base(w, gp - alpha * orthogonal)
+        yield w
+
+
+def proportional_rho(
+    lr: float, lr_min: float, lr_max: float, rho_min: float, rho_max: float
+) -> float:
+    """GSAM's radius, which moves in [rho_min, rho_max] as lr does in [lr_min, lr_max]."""
+    rho = rho_min + (rho_max - rho_min) * (lr - lr_min) / (lr_max - lr_min)
+    return min(max(rho, rho_min), rho_max)
+
+
+def wsam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, lr: Scheduled, gamma: float
+) -> Steps:
+    """WSAM (Yue et al. 2023), Algorithm 2: the sharpness term passes by the base optimizer."""
+    for t, grad in enumerate(grads):
+        g = grad(w)  # line 3
+        gp = grad(w + ascent(g, w))  # lines 4-5
+        w = base(w, g) - at(lr, t) * gamma / (1 - gamma) * (gp - g)  # lines 6-7
+        yield w
+
+
+def coupled_wsam(w: Array, grads: Gradients, base: Base, ascent: Ascent, *, gamma: float) -> Steps:
+    """WSAM (Yue et al. 2023), Algorithm 4."""
+    for grad in grads:
+        g = grad(w)  # line 3
+        gp = grad(w + ascent(g, w))  # lines 4-5
+        h = gamma / (1 - gamma) * gp + (1 - 2 * gamma) / (1 - gamma) * g  # line 6
+        w = base(w, h)  # lines 7-8
+        yield w
+
+
+def stable_sam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    ascent: Ascent,
+    *,
+    clip: float | None = None,
+    eps: float = 0.0,
+) -> Steps:
+    """StableSAM (Tan et al. 2024), Algorithm 1; StableASAM in ASAM's neighbourhood."""
+    for grad in grads:
+        g = grad(w)  # line 3
+        gp = grad(w + ascent(g, w))  # lines 4-5
+        factor = norm(g) / (norm(gp) + eps)  # line 6
+        if clip is not None:  # Remark 19, with gamma_0 = clip
+            factor = min(max(factor, clip), np.sqrt(clip))
+        w = base(w, factor * gp)  # line 7
+        yield w
+
+
+def friendly_sam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, sigma: float, decay: float
+) -> Steps:
+    """Friendly SAM (Li et al. 2024), Algorithm 1; Friendly ASAM in ASAM's neighbourhood."""
+    m = np.zeros_like(w)  # line 1
+    for grad in grads:
+        g = grad(w)  # line 4
+        m = decay * m + (1 - decay) * g  # line 5
+        d = g - sigma * m  # line 7
+        gp = grad(w + ascent(d, w))  # lines 7-9
+        w = base(w, gp)  # line 11
+        yield w
+
+
+def friendly_sam_previous(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, sigma: float, decay: float
+) -> Steps:
+    """Friendly SAM as its authors' code runs it: the average starts at g_0 and lags a step."""
+    m = None
+    for grad in grads:
+        g = grad(w)
+        d = g if m is None else g - sigma * m
+        m = g if m is None else decay * m + (1 - decay) * g
+        w = base(w, grad(w + ascent(d, w)))
+        yield w
+
+
+def look_sam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    ascent: Ascent,
+    *,
+    alpha: float,
+    k: int,
+    phase: int = 0,
+    eps: float = 0.0,
+) -> Steps:
+    """LookSAM (Liu et al. 2022), restated in AE-SAM's Algorithm 1: SAM at one of every k steps."""
+    gv = np.zeros_like(w)
+    for t, grad in enumerate(grads):
+        g = grad(w)
+        if t % k == phase:
+            gs = grad(w + ascent(g, w))
+            gv = gs - (g @ gs) / (g @ g) * g  # line 8
+        else:
+            gs = g + alpha * norm(g) * unit(gv, eps)  # line 11
+        w = base(w, gs)
+        yield w
+
+
+def ss_sam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, ascended: Sequence[bool]
+) -> Steps:
+    """SS-SAM (Zhao et al. 2022): SAM or the base optimizer, as the trials' outcomes say."""
+    for trial, grad in zip(ascended, grads, strict=True):
+        g = grad(w)
+        w = base(w, grad(w + ascent(g, w)) if trial else g)
+        yield w
+
+
+def ae_sam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    ascent: Ascent,
+    *,
+    total_steps: int,
+    lambda_1: float,
+    lambda_2: float,
+    decay: float,
+    alpha: float | None = None,
+    ascended: list[bool],
+) -> Steps:
+    """AE-SAM, and AE-LookSAM with alpha (Jiang et al. 2023), Algorithm 1; notes its decisions."""
+    mu, variance, gv = 0.0, np.exp(-10), np.zeros_like(w)
+    for t, grad in enumerate(grads):
+        g = grad(w)  # line 3
+        mu = decay * mu + (1 - decay) * (g @ g)  # line 4, Eq. 4
+        variance = decay * variance + (1 - decay) * (g @ g - mu) ** 2  # line 4, Eq. 5
+        c = t / total_steps * lambda_1 + (1 - t / total_steps) * lambda_2  # line 5
+        ascended.append(bool(g @ g >= mu + c * np.sqrt(variance)))  # line 6
+        if ascended[-1]:
+            gs = grad(w + ascent(g, w))  # line 7
+            gv = gs - (g @ gs) / (g @ g) * g  # line 8
+        elif alpha is None:
+            gs = g  # line 10
+        else:
+            gs = g + alpha * norm(g) * unit(gv)  # line 11
+        w = base(w, gs)  # line 13
+        yield w
+
+
+def vasso(w: Array, grads: Gradients, base: Base, ascent: Ascent, *, theta: float) -> Steps:
+    """VaSSO (Li and Giannakis 2023): ascent along an average of the gradients, from g_0 on."""
+    d = None
+    for grad in grads:
+        g = grad(w)
+        d = g if d is None else (1 - theta) * d + theta * g
+        w = base(w, grad(w + ascent(d, w)))
+        yield w
+
+
+def gnp(w: Array, grads: Gradients, base: Base, ascent: Ascent, *, alpha: float) -> Steps:
+    """Penalized gradient norm (Zhao et al. 2022)."""
+    for grad in grads:
+        g = grad(w)
+        w = base(w, (1 - alpha) * g + alpha * grad(w + ascent(g, w)))
+        yield w
+
+
+def esam_weights(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, masks: Iterable[Array], beta: float
+) -> Steps:
+    """ESAM (Du et al. 2022), stochastic weight perturbation: a piece of SAM's, over beta."""
+    for mask, grad in zip(masks, grads, strict=True):
+        g = grad(w)
+        w = base(w, grad(w + mask * ascent(g, w) / beta))
+        yield w
+
+
+def esam_code(
+    w: Array,
+    grads: Gradients,
+    kept_grads: Gradients,
+    base: Base,
+    *,
+    rho: float,
+    masks: Iterable[Array],
+    beta: float,
+    eps: float = 0.0,
+) -> Steps:
+    """ESAM as its authors' code runs it: the norm is the masked gradient's; gp is on kept data."""
+    for mask, grad, kept_grad in zip(masks, grads, kept_grads, strict=True):
+        w = base(w, kept_grad(w + rho / beta * unit(mask * grad(w), eps)))
+        yield w
+
+
+def sam_full(w: Array, grads: Gradients, full_grad: Gradient, base: Base, ascent: Ascent) -> Steps:
+    """SAM-full (Li et al. 2024, Section 4.1): ascent along g's part along the full gradient."""
+    for grad in grads:
+        g, full = grad(w), full_grad(w)
+        d = (g @ full) / (full @ full) * full
+        w = base(w, grad(w + ascent(d, w)))
+        yield w
+
+
+def sam_noise(w: Array, grads: Gradients, full_grad: Gradient, base: Base, ascent: Ascent) -> Steps:
+    """SAM-noise (Li et al. 2024, Section 4.2): ascent along g's part across the full gradient.
+
+    The paper prints cos(full, g) full for the part along it, which is its name for the projection;
+    the formula holds where both have the same norm.
+    """
+    for grad in grads:
+        g, full = grad(w), full_grad(w)
+        d = g - (g @ full) / (full @ full) * full  # Eq. 8
+        w = base(w, grad(w + ascent(d, w)))
+        yield w
+
+
+def sam_db(w: Array, grads: Gradients, other_grads: Gradients, base: Base, ascent: Ascent) -> Steps:
+    """SAM-db (Li et al. 2024, Section 4.2): the perturbed gradient is on another minibatch."""
+    for grad, other_grad in zip(grads, other_grads, strict=True):
+        w = base(w, other_grad(w + ascent(grad(w), w)))
+        yield w

@@ -1,0 +1,124 @@
+"""The main job: its rows, its label noise, its table, and what it says to bad arguments."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sam_optax
+
+PATH = Path(__file__).parent.parent / "examples" / "compare.py"
+SPEC = importlib.util.spec_from_file_location("compare", PATH)
+assert SPEC is not None and SPEC.loader is not None
+compare = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(compare)
+
+
+def test_every_method_has_a_row_that_steps():
+    public = {
+        name
+        for name in sam_optax.__all__
+        if inspect.isfunction(getattr(sam_optax, name))
+        and "base" in inspect.signature(getattr(sam_optax, name)).parameters
+    }
+    assert set(compare.METHODS) == public - {"sharpness_aware"} | {"sgd"}
+    assert set(compare.DEFAULT) <= set(compare.METHODS)
+    schedule = optax.constant_schedule(0.1)
+    params = jnp.array([1.0, 2.0])
+    for name in compare.METHODS:
+        tx = compare.build(name, optax.sgd(schedule), 0.5, schedule, 10)
+        _, state = tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
+        ascends = name not in ("sgd", "ss_sam")  # for ss_sam, the draw decides
+        assert name == "ss_sam" or bool(state.info.ascended) == ascends
+
+
+def test_split_is_of_all_digits():
+    digits = compare.load()
+    assert digits.train_images.shape == (1347, 64) and digits.test_images.shape == (450, 64)
+    assert digits.train_images.min() == 0 and digits.train_images.max() == 1
+    counts = np.bincount(digits.train_labels) + np.bincount(digits.test_labels)
+    assert counts.sum() == 1797 and counts.min() >= 174
+
+
+def test_flipped_labels_are_as_many_as_asked_and_wrong():
+    labels = np.arange(1000) % 10
+    flipped = compare.flip_labels(labels, 0.4, np.random.default_rng(0))
+    assert np.sum(flipped != labels) == 400
+    assert set(flipped) == set(range(10))
+    assert np.array_equal(compare.flip_labels(labels, 0.0, np.random.default_rng(0)), labels)
+    assert np.array_equal(labels, np.arange(1000) % 10)
+
+
+def test_runs_write_table_and_figure(tmp_path, capsys):
+    output = tmp_path / "curves.png"
+    argv = ["--methods", "sam", "look_sam", "--epochs", "2", "--seeds", "2", "--rho", "0.3"]
+    assert compare.main([*argv, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:]
+        for line in printed.splitlines()
+        if "│" in line
+    }
+    assert set(rows) == {"SAM", "LookSAM"}
+    assert [cell.strip() for cell in (rows["SAM"][0], rows["SAM"][3])] == ["0.3", "100"]
+    assert rows["LookSAM"][3].strip() == "20"  # k = 5, 20 steps
+    assert "±" in rows["SAM"][1]
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--methods", "sam", "adam"],
+            "argument --methods: unknown method 'adam', choose from sgd,",
+        ),
+        (["--epochs", "0"], "argument --epochs: must be an integer >= 1, got '0'"),
+        (["--epochs", "many"], "argument --epochs: must be an integer >= 1, got 'many'"),
+        (
+            ["--label-noise", "1.5"],
+            "argument --label-noise: must be a number >= 0 and <= 1, got '1.5'",
+        ),
+        (
+            ["--label-noise", "nan"],
+            "argument --label-noise: must be a number >= 0 and <= 1, got 'nan'",
+        ),
+        (["--rho", "-1"], "argument --rho: must be a number >= 0, got '-1'"),
+        (["--rho", "inf"], "argument --rho: must be a number >= 0, got 'inf'"),
+        (["--seeds", "0.5"], "argument --seeds: must be an integer >= 1, got '0.5'"),
+        (["--batch-size", "2000"], "argument --batch-size: must be an integer >= 1 and <= 1347"),
+        (["--learning-rate", "0"], "argument --learning-rate: must be a number > 0, got '0'"),
+        (
+            ["--output", "missing/curves.png"],
+            "argument --output: cannot write 'missing/curves.png'",
+        ),
+        (["--output", "."], "argument --output: must end in .png, got '.'"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_any_training(
+    argv, message, monkeypatch, capsys, tmp_path
+):
+    def train(*args):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"compare.py: error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_check_leaves_no_trace(tmp_path):
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"before")
+    compare.check_output(kept)
+    compare.check_output(tmp_path / "new.png")
+    assert kept.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.png"]
