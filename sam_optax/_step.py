@@ -69,13 +69,13 @@ class Options(NamedTuple):
         argnums = self.batch_argnums
         if argnums is None:
             return self
-        several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        several: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in several):
             raise TypeError(
                 f"{self.function}: `batch_argnums` must be an integer or several integers, got "
                 f"{argnums!r}."
             )
-        return self._replace(batch_argnums=tuple(map(int, several)))
+        return self._replace(batch_argnums=tuple(int(i) for i in several))
 
     def check_optimizer(self, tx: Any) -> None:
         if not isinstance(tx, optax.GradientTransformation):
