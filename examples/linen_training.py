@@ -97,7 +97,7 @@ def main(argv=None):
     steps = len(x) // args.batch
     state = create(jax.random.key(0), 20 * steps)
 
-    manager = args.checkpoint and ocp.CheckpointManager(args.checkpoint.absolute())
+    manager: Any = args.checkpoint and ocp.CheckpointManager(args.checkpoint.absolute())
     first = 0
     if args.resume:
         first = manager.latest_step() + 1

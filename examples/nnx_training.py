@@ -10,6 +10,7 @@ of the last one at the others. The step works on the model in place, as ``nnx.Op
 
 import argparse
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +86,7 @@ def main(argv=None):
     steps = len(x) // args.batch
     model, optimizer = create(20 * steps)
 
-    manager = args.checkpoint and ocp.CheckpointManager(args.checkpoint.absolute())
+    manager: Any = args.checkpoint and ocp.CheckpointManager(args.checkpoint.absolute())
     first = 0
     if args.resume:
         first = manager.latest_step() + 1

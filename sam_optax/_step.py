@@ -69,7 +69,7 @@ class Options(NamedTuple):
         argnums = self.batch_argnums
         if argnums is None:
             return self
-        several = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        several: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in several):
             raise TypeError(
                 f"{self.function}: `batch_argnums` must be an integer or several integers, got "

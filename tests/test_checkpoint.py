@@ -99,7 +99,7 @@ class NnxNet(nnx.Module):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nnx(name, tmp_path):
-    def create(seed):
+    def create(seed) -> Any:
         model = NnxNet(nnx.Rngs(seed))
         return model, nnx.Optimizer(model, METHODS[name](), wrt=nnx.Param)
 
@@ -107,7 +107,7 @@ def test_nnx(name, tmp_path):
     def step(model, optimizer, x):
         return nnx_step(model, optimizer, lambda m, x: jnp.mean((m(x) - 1) ** 2), x)
 
-    def run(pair, xs):
+    def run(pair: Any, xs):
         return [step(*pair, x).loss for x in xs]
 
     pair = create(0)
@@ -126,7 +126,7 @@ def test_host_dispatched(name, tmp_path):
     params, x, y = problem()
     tx = METHODS[name]()
 
-    def run(pair, count):
+    def run(pair: Any, count):
         step, seen = host_dispatched(loss_fn, tx), []
         for _ in range(count):
             *pair, metrics = step(*pair, x, y)

@@ -135,7 +135,7 @@ def test_groups_under_check_vma_are_refused():
         in_specs=(P(), P(), P("data"), P("data")),
         out_specs=P(),
     )
-    with pytest.raises(ValueError, match="two_gradient_step: `num_groups` = 2 .*check_vma=False"):
+    with pytest.raises(ValueError, match=r"two_gradient_step: `num_groups` = 2 .*check_vma=False"):
         jax.jit(step)(params, tx.init(params), x, y)
 
 

@@ -1,6 +1,7 @@
 """`sam_optax.training` on plain trees: values, groups, micro-batches, auxiliary output."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.flatten_util
@@ -195,6 +196,7 @@ def test_aux_is_that_of_the_whole_batch_at_the_point_asked_for(aux_from, parts):
 
 @pytest.mark.parametrize("option", ["num_groups", "num_microbatches"])
 def test_aux_that_is_no_mean_comes_from_the_first_part(option):
+    parts: dict[str, Any] = {option: 4}
     params, x, y = problem()
 
     def loss(params, x, y, key):
@@ -208,7 +210,7 @@ def test_aux_that_is_no_mean_comes_from_the_first_part(option):
         return loss_fn(params, x, y), aux
 
     tx = sam_optax.sam(optax.sgd(0.1))
-    step = two_gradient_step(loss, tx, has_aux=True, batch_argnums=(0, 1), **{option: 4})
+    step = two_gradient_step(loss, tx, has_aux=True, batch_argnums=(0, 1), **parts)
     key = jax.random.key(0)
     aux = jax.jit(step)(params, tx.init(params), x, y, key)[2].aux
     assert aux["key"] == jax.random.fold_in(key, 3)
@@ -220,12 +222,13 @@ def test_aux_that_is_no_mean_comes_from_the_first_part(option):
 
 @pytest.mark.parametrize("option", ["num_groups", "num_microbatches"])
 def test_aux_that_cannot_be_put_together_is_refused(option):
+    parts: dict[str, Any] = {option: 4}
     params, x, y = problem()
 
     def loss(params, x, y):
         return loss_fn(params, x, y), {"similarity": x @ x.T}
 
-    step = two_gradient_step(loss, sam_optax.sam(optax.sgd(0.1)), has_aux=True, **{option: 4})
+    step = two_gradient_step(loss, sam_optax.sam(optax.sgd(0.1)), has_aux=True, **parts)
     with pytest.raises(ValueError, match=r"two_gradient_step: .*similarity.*\(4, 4\).*\(16, 16\)"):
         jax.jit(step)(params, sam_optax.sam(optax.sgd(0.1)).init(params), x, y)
 
@@ -365,7 +368,8 @@ def test_microbatches_take_less_memory():
     def temporary(**options):
         step = jax.jit(two_gradient_step(loss, tx, **options))
         compiled = step.lower(params, tx.init(params), x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
 
     whole, cut = temporary(), temporary(num_microbatches=16)
     # Eight activations of 1024 x 64 float32 are 2 MiB; the gradients are 0.13 MiB.
@@ -381,7 +385,7 @@ def test_multisteps_around_descends_along_the_last_microbatch():
     params, x, y = problem(batch=8)
     halves = slices(2, x, y)
     sam = sam_optax.sam(optax.sgd(1.0), rho=0.3)
-    tx = optax.MultiSteps(sam, 2).gradient_transformation()
+    tx: Any = optax.MultiSteps(sam, 2).gradient_transformation()
     state, w = tx.init(params), params
     for half in halves:
 

@@ -1,5 +1,7 @@
 """`host_dispatched`: the numbers of `two_gradient_step`, decided on the host."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ POLICIES = {
 READS_NOTHING = [name for name, policy in POLICIES.items() if not policy.needs_gradient]
 
 
-def optimizer(policy):
+def optimizer(policy) -> Any:
     return sharpness_aware(
         optax.sgd(0.1, momentum=0.9),
         optax.chain(perturbations.subtract_ema(1.0, 0.9), perturbations.steepest_ascent(rho=0.3)),
@@ -54,7 +56,7 @@ def batches(count, batch=16):
     ],
     ids=str,
 )
-def test_same_numbers_as_under_cond(name, options):
+def test_same_numbers_as_under_cond(name, options: dict[str, Any]):
     params, *_ = problem()
     tx = optimizer(POLICIES[name])
     step = host_dispatched(loss_fn, tx, **options)
@@ -117,7 +119,8 @@ def test_one_look_ahead_serves_many_steps():
         return step % 2 == 0, state
 
     tx = optimizer(Policy(lambda params: (), decide, needs_gradient=False))
-    for options in ({}, {"skip_nonfinite": True}):
+    runs: list[dict[str, Any]] = [{}, {"skip_nonfinite": True}]
+    for options in runs:
         asked.clear()
         step = host_dispatched(loss_fn, tx, **options)
         new, state = params, tx.init(params)
@@ -173,7 +176,8 @@ def test_skipped_steps_are_decided_again(name):
     tx = optimizer(POLICIES[name])
     step = host_dispatched(loss_fn, tx, skip_nonfinite=True)
     reference = jax.jit(two_gradient_step(loss_fn, tx, skip_nonfinite=True))
-    got, wanted = (params, tx.init(params)), (params, tx.init(params))
+    got: Any = (params, tx.init(params))
+    wanted = got
     for i, (x, y) in enumerate(batches(7)):
         x = np.full_like(x, np.nan) if i in (0, 3) else x
         before = got
@@ -193,7 +197,7 @@ def test_keywords_scale_and_aux_pass_through():
     def loss(params, x, *, y, weight):
         return weight * loss_fn(params, x, y), {"x": x}
 
-    options = {"has_aux": True, "aux_from": "perturbed"}
+    options: dict[str, Any] = {"has_aux": True, "aux_from": "perturbed"}
     got = host_dispatched(loss, tx, **options)(
         params, tx.init(params), x, y=y, weight=2.0, loss_scale=8.0
     )

@@ -1,5 +1,7 @@
 """Bad input to the training steps: errors that name function, argument, value and remedy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def losses(w, x):
     return (x @ w) ** 2
 
 
-def call(make, loss, *args, tx=TX, **options):
+def call(make, loss, *args, tx: Any = TX, **options):
     return make(loss, tx, **options)(W, tx.init(W), *args)
 
 
@@ -166,7 +168,7 @@ def test_losses_that_are_not_one_per_example(function):
 @pytest.mark.parametrize("function", BY_LOSS | BY_EXAMPLE)
 def test_multisteps_is_refused(function):
     make, loss = (BY_LOSS | BY_EXAMPLE)[function], losses if function in BY_EXAMPLE else loss_fn
-    wrapped = optax.MultiSteps(TX, 2)
+    wrapped: Any = optax.MultiSteps(TX, 2)
     for tx in (
         wrapped,
         wrapped.gradient_transformation(),
@@ -181,6 +183,7 @@ def test_multisteps_is_refused(function):
 def test_optimizers_of_the_wrong_kind(function):
     make, loss = (BY_LOSS | BY_EXAMPLE)[function], losses if function in BY_EXAMPLE else loss_fn
     around = optax.chain(TX, optax.scale(0.5))
+    not_called: Any = sam
     with pytest.raises(TypeError, match=rf"^{function}: .*`base`"):
         call(make, loss, X, tx=around, num_groups=2)
     if function in BY_LOSS:
@@ -188,7 +191,7 @@ def test_optimizers_of_the_wrong_kind(function):
             call(make, loss, X, tx=around, aux_from="perturbed")
     if function not in ("linen_step", "nnx_step"):
         with pytest.raises(TypeError, match=rf"^{function}: `tx` must be .* got "):
-            make(loss, sam)
+            make(loss, not_called)
 
 
 def test_host_dispatched_belongs_outside_of_jit_and_of_mapped_axes():
@@ -214,7 +217,10 @@ def test_running_statistics_of_another_model():
 
 
 def test_numpy_integers_are_integers():
-    step = two_gradient_step(
-        loss_fn, TX, num_groups=np.int64(2), num_microbatches=np.int32(3), batch_argnums=np.int64(0)
-    )
+    numbers: dict[str, Any] = {
+        "num_groups": np.int64(2),
+        "num_microbatches": np.int32(3),
+        "batch_argnums": np.int64(0),
+    }
+    step = two_gradient_step(loss_fn, TX, **numbers)
     step(W, TX.init(W), X)

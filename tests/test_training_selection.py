@@ -1,6 +1,7 @@
 """`esam_step` and `ksam_step`, against NumPy with the gradient of every example."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def test_esam_code_keeps_one_example_less():
     """The authors' code takes increases *above* the k-th largest: k - 1 examples, without ties."""
     k = BATCH // 2
 
-    def select(before, after):
+    def select(before, after) -> Any:
         if after is None:
             return slice(None)
         rise = after - before
@@ -118,7 +119,8 @@ def test_esam_with_stochastic_weight_perturbation(granularity):
     seen = []
 
     def mask(t):
-        drawn, _ = swp.update(jax.tree.map(jnp.ones_like, params), optax.EmptyState(), step=t)
+        ones = jax.tree.map(jnp.ones_like, params)
+        drawn: Any = swp.update(ones, optax.EmptyState(), step=t)[0]
         seen.append(np.concatenate([drawn["b"][None], drawn["w"]]))
         return seen[-1]
 
@@ -198,7 +200,8 @@ def test_selection_saves_what_the_docstrings_say():
 
     def flops(step, tx=tx):
         compiled = jax.jit(step).lower(params, tx.init(params), x).compile()
-        return compiled.cost_analysis()["flops"]
+        cost: Any = compiled.cost_analysis()
+        return cost["flops"]
 
     sgd = optax.sgd(0.1)
     base = flops(two_gradient_step(lambda *a: jnp.mean(per_example(*a)), sgd), sgd)

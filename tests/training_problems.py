@@ -1,5 +1,7 @@
 """A small network for the training steps, and comparisons of trees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def assert_same(got, wanted):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-def train(step, params, state, *batch, steps=2):
+def train(step, params, state, *batch, steps=2) -> Any:
     """Several steps on one batch; the last metrics."""
     metrics = None
     for _ in range(steps):
