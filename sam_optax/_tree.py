@@ -17,7 +17,8 @@ from sam_optax._types import ScalarOrSchedule
 
 def accumulator(*trees: Any) -> Any:
     """Dtype in which these trees' scalars are computed: float32, or float64 if a leaf is that."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees))
+    wide = any(jnp.result_type(x) == jnp.float64 for x in jax.tree.leaves(trees))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def upcast(tree: Any) -> Any:

@@ -4,10 +4,11 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rows import ROWS, as_steps, base, every_row, expected, oracle, problem64, scan, trajectory
 
 SHARDS = 4
@@ -118,3 +119,37 @@ def test_shards_whose_gradient_was_taken_at_a_varying_point(sync, float64):
     walked = over_shard_map(local, problem.shards(SHARDS), check_vma=True)
     w, _ = expected(oracle(row, problem, shards=SHARDS, sync=sync))
     np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize("row", ROWS[::3], ids=lambda row: row.name)
+def test_sharded_parameters_under_jit(row, axis_type):
+    """One program over four devices: the step of one device, and the state stays where it was."""
+    devices = jax.make_mesh((SHARDS,), ("data",), axis_types=(axis_type,))
+    split = PartitionSpec("data") if axis_type is AxisType.Explicit else None
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(8, 4)), "bias": rng.normal(size=4)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    batch = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+    tx = row.build(base())
+
+    def step(params, state, batch, split=None):
+        def loss(p):
+            return jnp.mean(jnp.square(jnp.dot(batch, p["kernel"], out_sharding=split) + p["bias"]))
+
+        grad_fn = jax.grad(loss)
+        keywords = {"grad_fn": grad_fn, "direction": params}
+        updates, state = tx.update(grad_fn(params), state, params, **keywords)
+        return optax.apply_updates(params, updates), state
+
+    alone = jax.jit(step)(params, tx.init(params), batch)
+    with jax.set_mesh(devices):
+        rows, whole = (NamedSharding(devices, PartitionSpec(*axes)) for axes in (("data",), ()))
+        params = jax.device_put(params, {"kernel": rows, "bias": whole})
+        state = tx.init(params)
+        after = jax.jit(lambda *args: step(*args, split))(
+            params, state, jax.device_put(batch, rows)
+        )
+        chex.assert_trees_all_close(after, alone, rtol=1e-4, atol=1e-5)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves((params, state)), strict=True):
+            assert x.ndim == 0 or x.sharding.is_equivalent_to(y.sharding, x.ndim)

@@ -328,3 +328,50 @@ def test_partitioned_and_masked_base(row):
         rtol=1e-5,
         atol=1e-7,
     )
+
+
+@every_row
+def test_strict_promotion(row):
+    """`jax_numpy_dtype_promotion=strict`, as careful users have it, finds nothing to complain."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for dtype in ("bfloat16", "float32"):
+            params = {"kernel": jnp.ones((2, 3), dtype), "bias": jnp.ones(3, dtype)}
+            tx = row.build(base())
+
+            def step(params, tx=tx):
+                keywords = {"grad_fn": lambda p: p, "direction": params}
+                return tx.update(params, tx.init(params), params, **keywords)
+
+            updates, _ = jax.eval_shape(step, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+def test_a_sweep_over_radii():
+    """Hyperparameters may be traced: here a batch of them."""
+    w = jnp.array([3.0, 4.0])
+
+    def run(rho):
+        tx = sam_optax.sam(optax.sgd(1.0), rho)
+        return tx.update(w, tx.init(w), w, grad_fn=lambda p: p)[0]
+
+    updates = jax.vmap(run)(jnp.array([0.0, 5.0]))
+    np.testing.assert_allclose(updates, [[-3, -4], [-6, -8]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("row", ROWS[::3], ids=lambda row: row.name)
+def test_a_step_is_differentiable_at_a_zero_gradient(row):
+    """Through the guarded divisions too: no 0 times infinity."""
+    params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
+    tx = row.build(base())
+
+    @jax.jit
+    @jax.grad
+    def slope(factor):
+        def grad_fn(p):
+            return jax.tree.map(lambda x: factor * x, p)
+
+        keywords = {"grad_fn": grad_fn, "direction": params}
+        updates, _ = tx.update(grad_fn(params), tx.init(params), params, **keywords)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(updates))
+
+    assert np.isfinite(slope(0.0))
