@@ -99,7 +99,7 @@ def main(argv=None):
 
     manager: Any = args.checkpoint and ocp.CheckpointManager(args.checkpoint.absolute())
     first = 0
-    if args.resume:
+    if args.resume and manager.latest_step() is not None:
         first = manager.latest_step() + 1
         state = manager.restore(first - 1, args=ocp.args.StandardRestore(state))
     for epoch in range(first, args.epochs):

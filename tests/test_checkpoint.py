@@ -108,7 +108,7 @@ def test_nnx(name, tmp_path):
         return nnx_step(model, optimizer, lambda m, x: jnp.mean((m(x) - 1) ** 2), x)
 
     def run(pair: Any, xs):
-        return [step(*pair, x).loss for x in xs]
+        return [step(*pair, x).loss for x in xs]  # pyright: ignore[reportCallIssue]
 
     pair = create(0)
     run(pair, batches()[:3])

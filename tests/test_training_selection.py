@@ -198,7 +198,7 @@ def test_selection_saves_what_the_docstrings_say():
     x = jnp.ones((256, 32), jnp.float32)
     tx = sam_optax.sam(optax.sgd(0.1))
 
-    def flops(step, tx=tx):
+    def flops(step, tx: Any = tx):
         compiled = jax.jit(step).lower(params, tx.init(params), x).compile()
         cost: Any = compiled.cost_analysis()
         return cost["flops"]
