@@ -89,6 +89,11 @@ class Options(NamedTuple):
             raise TypeError(
                 f"{self.function}: `tx` must be an optax.GradientTransformation, got {tx!r}.{hint}"
             )
+        if self.skip_nonfinite and isinstance(tx, SharpnessAware) and not tx.info:
+            raise ValueError(
+                f"{self.function}: `skip_nonfinite` reads the norms of both gradients, but `tx` "
+                "was built with info=False. Leave that out."
+            )
         needs = [
             name
             for name, used in (

@@ -4,6 +4,7 @@ import functools
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +33,14 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 class Magnitude(NamedTuple):
-    """A norm in two factors, ``largest * sqrt(square)``, neither of which can overflow.
+    """A norm in two factors, ``unit * sqrt(square)``, neither of which can over- or underflow.
 
     Attributes:
-        largest: max |x|, or 1 where that is 0 or not finite.
-        square: sum of (x / largest)^2.
+        unit: 1, or the power of two that brings the squares of ``x / unit`` into range.
+        square: sum of (x / unit)^2.
     """
 
-    largest: jax.Array
+    unit: jax.Array
     square: jax.Array
 
     @property
@@ -47,22 +48,54 @@ class Magnitude(NamedTuple):
         """The L2 norm."""
         # The gradient of sqrt at 0 is infinite: the inner `where` keeps it out of the derivative.
         empty = self.square == 0
-        return jnp.where(empty, 0, self.largest * jnp.sqrt(jnp.where(empty, 1, self.square)))
+        return jnp.where(empty, 0, self.unit * jnp.sqrt(jnp.where(empty, 1, self.square)))
 
 
-def total(terms: list[jax.Array], dtype: Any) -> jax.Array:
-    """Sum of scalars; 0 for none."""
-    return functools.reduce(operator.add, terms, jnp.zeros((), dtype))
+def _products(a: Any, b: Any, unit_a: Any, unit_b: Any) -> jax.Array:
+    """Inner product of ``a / unit_a`` and ``b / unit_b``."""
+    dtype = accumulator(a, b)
+
+    def product(x, y):
+        # Quotients: XLA may multiply the factors of a constant first, and overflow.
+        return jnp.sum((jnp.asarray(x, dtype) / unit_a) * (jnp.asarray(y, dtype) / unit_b))
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return functools.reduce(operator.add, [product(x, y) for x, y in pairs], jnp.zeros((), dtype))
+
+
+def _rescaled(units: tuple, usual: jax.Array, rescale: Callable[[], jax.Array]) -> jax.Array:
+    """``rescale()``, which is ``usual`` where all units are 1."""
+    # On a CPU, a branch saves a pass over memory. An accelerator would wait for the host.
+    rare = functools.reduce(operator.or_, [unit != 1 for unit in units])
+    return jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(rare, rescale, lambda: usual), default=rescale
+    )
+
+
+def magnitude_of(form: Callable[[], Any]) -> Magnitude:
+    """L2 norm over all leaves of ``form()``, safe against under- and overflow of the squares.
+
+    The sum of squares is taken as it is, which one pass does, unless it is infinite or so small
+    that squares may have been lost: then elements are divided by a power of two before.
+    """
+    dtype = accumulator(jax.eval_shape(form))
+    exponent = jnp.finfo(dtype).maxexp
+    large, small, least = (2.0 ** (share * exponent) for share in (3 / 4, -3 / 4, -9 / 16))
+
+    def squares(unit):
+        # Formed here, the tree is never an array that a branch would have to be handed.
+        tree = form()
+        return _products(tree, tree, unit, unit)
+
+    plain = squares(1)
+    unit = jnp.where(jnp.isinf(plain), large, jnp.where(plain < least, small, 1)).astype(dtype)
+    square = _rescaled((unit,), plain, lambda: squares(unit))
+    return Magnitude(jnp.where(square == 0, 1, unit), square)
 
 
 def magnitude(tree: Any) -> Magnitude:
-    """L2 norm over all leaves at once, safe against under- and overflow of the squares."""
-    dtype = accumulator(tree)
-    leaves = [jnp.asarray(x, dtype) for x in jax.tree.leaves(tree)]
-    peaks = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
-    largest = functools.reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
-    largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return Magnitude(largest, total([jnp.sum(jnp.square(x / largest)) for x in leaves], dtype))
+    """`magnitude_of` a tree that is there."""
+    return magnitude_of(lambda: tree)
 
 
 def norm(tree: Any) -> jax.Array:
@@ -70,15 +103,16 @@ def norm(tree: Any) -> jax.Array:
     return magnitude(tree).norm
 
 
-def scaled_vdot(a: Any, b: Any, scale_a: jax.Array, scale_b: jax.Array) -> jax.Array:
-    """Inner product of ``a / scale_a`` and ``b / scale_b``."""
-    dtype = accumulator(a, b)
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    products = [
-        jnp.sum((jnp.asarray(x, dtype) / scale_a) * (jnp.asarray(y, dtype) / scale_b))
-        for x, y in pairs
-    ]
-    return total(products, dtype)
+def distance(a: Any, b: Any) -> jax.Array:
+    """Norm of ``a - b``, in float32 at least."""
+    return magnitude_of(lambda: jax.tree.map(jnp.subtract, upcast(a), upcast(b))).norm
+
+
+def scaled_vdot(a: Any, b: Any, unit_a: jax.Array, unit_b: jax.Array) -> jax.Array:
+    """Inner product of ``a / unit_a`` and ``b / unit_b``."""
+    return _rescaled(
+        (unit_a, unit_b), _products(a, b, 1, 1), lambda: _products(a, b, unit_a, unit_b)
+    )
 
 
 def divide(numerator: Any, denominator: Any) -> jax.Array:
@@ -87,19 +121,26 @@ def divide(numerator: Any, denominator: Any) -> jax.Array:
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
 
 
+def in_units(quotient: jax.Array, a: Magnitude, b: Magnitude) -> jax.Array:
+    """The quotient x / y from that of ``x / a.unit`` and ``y / b.unit``."""
+    # By roots: the quotient of the units can overflow where the result does not.
+    root = jnp.sqrt(a.unit) / jnp.sqrt(b.unit)
+    return quotient * root * root
+
+
 def cosine(a: Any, b: Any) -> jax.Array:
     """Cosine of the angle between two trees; 0 if one of them is zero."""
     size_a, size_b = magnitude(a), magnitude(b)
-    inner = scaled_vdot(a, b, size_a.largest, size_b.largest)
+    inner = scaled_vdot(a, b, size_a.unit, size_b.unit)
     return divide(inner, jnp.sqrt(size_a.square) * jnp.sqrt(size_b.square))
 
 
 def component_along(a: Any, b: Any) -> jax.Array:
     """Coefficient c for which c b is the projection of ``a`` onto ``b``; 0 if b = 0."""
     size_a, size_b = magnitude(a), magnitude(b)
-    inner = scaled_vdot(a, b, size_a.largest, size_b.largest)
+    inner = scaled_vdot(a, b, size_a.unit, size_b.unit)
     # Same sums above and below the line: c is exactly 1 when a and b are the same numbers.
-    return divide(inner, size_b.square) * (size_a.largest / size_b.largest)
+    return in_units(divide(inner, size_b.square), size_a, size_b)
 
 
 def reject(a: Any, b: Any) -> Any:

@@ -58,7 +58,8 @@ class Policy(NamedTuple):
 class SharpnessInfo(NamedTuple):
     """Scalars about the last step, for people and logs; no step reads them.
 
-    Float fields are float32 (float64 for float64 parameters).
+    Float fields are float32 (float64 for float64 parameters). With ``info=False``, norms and cosine
+    are NaN.
 
     Attributes:
         ascended: bool[], whether a perturbed gradient was computed.

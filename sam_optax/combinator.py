@@ -25,6 +25,7 @@ from sam_optax._tree import (
     check_like,
     check_number,
     cosine,
+    distance,
     is_hole,
     norm,
     punch,
@@ -54,6 +55,7 @@ class SharpnessAware(optax.GradientTransformationExtraArgs):
     Attributes:
         policy: its policy.
         axes: the names in its ``axis_name``.
+        info: whether the norms and the cosine in ``state.info`` are computed.
         advance: ``update`` with an explicit evaluation, ``advance(updates, state, params, evaluate,
             aux, extra_args, axes=(), ascend=None) -> (updates, state, aux)``: ``aux`` comes out as
             the perturbed evaluation's where the step ascended. ``axes`` are averaged over beside
@@ -62,6 +64,7 @@ class SharpnessAware(optax.GradientTransformationExtraArgs):
 
     policy: Policy
     axes: tuple
+    info: bool
     advance: Callable
     if TYPE_CHECKING:  # Optax types every state as a tree of arrays; ours has fields to look at
         init: Callable[[Any], SharpnessAwareState]
@@ -171,6 +174,7 @@ def sharpness_aware(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Descend along what a second gradient, at perturbed parameters, says about the first.
 
@@ -199,6 +203,10 @@ def sharpness_aware(
         sync_perturbation: with ``axis_name``: False, each shard ascends along its own gradient
             (m-sharpness); True, all along the mean gradient. The float leaves of the perturbation's
             state are averaged either way.
+        info: whether ``state.info`` holds the norms and the cosine; static. They cost four sums
+            over trees like the parameters, and keep the clean gradient through the second pass.
+            False: they are NaN where the step has to compute them, and it costs no more than the
+            method itself.
 
     Returns:
         A ``GradientTransformationExtraArgs``.
@@ -306,24 +314,26 @@ def sharpness_aware(
                 return p if is_hole(e) else cast_like(upcast(p) + e, p)
 
             perturbed = jax.tree.map(shift, eps, params, is_leaf=is_hole)
-            applied = jax.tree.map(lambda q, p: upcast(q) - upcast(p), perturbed, params)
             value, gradient, extra = evaluate_here(perturbed)
             gp = average(gradient, axes)
             direction, moved = surrogate.fresh(g, gp, state.step, state.surrogate)
-            info = _info(
-                dtype,
-                ascended=True,
-                grad_norm=norm(g),
-                perturbation_norm=average(norm(punch(chosen, applied)), axes),
-                perturbed_grad_norm=norm(gp),
-                cosine=cosine(g, gp),
-                perturbed_value=average(jnp.asarray(value, dtype), axes),
-            )
-            return _Outcome(direction, moved, info, extra)
+            measured: dict[str, Any] = {"perturbation_norm": jnp.nan}
+            if info:
+                applied = distance(punch(chosen, perturbed), punch(chosen, params))
+                measured = {
+                    "grad_norm": norm(g),
+                    "perturbation_norm": average(applied, axes),
+                    "perturbed_grad_norm": norm(gp),
+                    "cosine": cosine(g, gp),
+                }
+            value = average(jnp.asarray(value, dtype), axes)
+            numbers = _info(dtype, ascended=True, perturbed_value=value, **measured)
+            return _Outcome(direction, moved, numbers, extra)
 
         def stale():
             direction, moved = surrogate.stale(g, state.step, state.surrogate)
-            return _Outcome(direction, moved, _info(dtype, grad_norm=norm(g)), aux)
+            measured = {"grad_norm": norm(g)} if info else {}
+            return _Outcome(direction, moved, _info(dtype, **measured), aux)
 
         decision, policy_state = policy.decide(g, state.step, state.policy)
         decision = decision if ascend is None else ascend
@@ -369,5 +379,6 @@ def sharpness_aware(
     transformation = SharpnessAware(init, update)
     transformation.policy = policy
     transformation.axes = device_axes
+    transformation.info = info
     transformation.advance = advance
     return transformation

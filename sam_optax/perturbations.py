@@ -50,7 +50,7 @@ def _onto_sphere(g: Any, scale: Any, radius: Any) -> Any:
     size = magnitude(scaled)
     # A zero gradient is divided by 1 and stays zero; a NaN stays NaN.
     length = jnp.sqrt(jnp.where(size.square == 0, 1, size.square))
-    eps = jax.tree.map(lambda x: x / size.largest * (radius / length), scaled)
+    eps = jax.tree.map(lambda x: x / size.unit * (radius / length), scaled)
     return eps if scale is None else jax.tree.map(jnp.multiply, scale, eps)
 
 

@@ -16,6 +16,7 @@ from sam_optax._tree import (
     cast_like,
     check_number,
     divide,
+    in_units,
     magnitude,
     norm,
     reject,
@@ -273,7 +274,7 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         noise = 8 * jnp.finfo(size.square.dtype).eps * norm(gp)
         # Dividing by an infinite length makes rounding noise a zero direction.
         length = jnp.where(size.norm > noise, jnp.sqrt(size.square), jnp.inf)
-        unit = jax.tree.map(lambda x: x / size.largest / length, orthogonal)
+        unit = jax.tree.map(lambda x: x / size.unit / length, orthogonal)
         return Direction(cast_like(gp, g)), ReuseState(cast_like(unit, state.orthogonal))
 
     def stale(g, step, state):
@@ -328,7 +329,7 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
             return direction
         target, size = magnitude(g), magnitude(direction.descent)
         ratio = jnp.sqrt(divide(target.square, size.square))
-        factor = ratio * (target.largest / size.largest)
+        factor = in_units(ratio, target, size)
         if bounded:
             low = value_at(clip, step)
             factor = jnp.minimum(jnp.maximum(factor, low), jnp.sqrt(low))

@@ -32,8 +32,9 @@ Options that the steps share:
 ``skip_nonfinite``
     If the clean or the perturbed gradient holds a NaN or an infinity, parameters, optimizer state,
     mutable state and step counts stay as they were, bit for bit, and ``StepMetrics.skipped`` is
-    True. For dynamic loss scaling there is ``loss_scale=``, a keyword of every step: the loss is
-    multiplied by it before, and the gradients are divided by it after differentiation.
+    True. It reads the norms in the optimizer's ``state.info``, so that ``tx`` must not be built
+    with ``info=False``. For dynamic loss scaling there is ``loss_scale=``, a keyword of every step:
+    the loss is multiplied by it before, and the gradients are divided by it after differentiation.
 
 With groups or micro-batches, auxiliary output is put together leaf by leaf: a leaf whose shape
 follows the batch is concatenated, another float leaf is averaged, and any other (a counter, a PRNG
@@ -431,6 +432,7 @@ def host_dispatched(
             f"returned, since its policy is asked on the host; got {type(tx).__name__}. Put what "
             "follows the ascent into its `base`."
         )
+    options.check_optimizer(tx)
     sharp: SharpnessAware = tx
     if sharp.axes:
         raise ValueError(

@@ -1,7 +1,8 @@
 r"""The named methods: each is one expression over the parts.
 
-All share three keywords with `sharpness_aware`, to which they are handed on: ``mask`` (which leaves
-are perturbed), ``axis_name`` and ``sync_perturbation`` (shards of the batch on several devices).
+All share four keywords with `sharpness_aware`, to which they are handed on: ``mask`` (which leaves
+are perturbed), ``axis_name`` and ``sync_perturbation`` (shards of the batch on several devices),
+and ``info`` (whether norms and cosine are computed for ``state.info``).
 All return a ``GradientTransformationExtraArgs`` whose ``update`` takes the clean gradient,
 ``params``, and ``grad_fn=`` or ``value_and_grad_fn=``; its state is a `SharpnessAwareState`, and
 `sharpness_aware` says what happens to it on a step that does not ascend. Real hyperparameters are
@@ -68,6 +69,7 @@ def sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Sharpness-aware minimization: descend along the gradient at the worst nearby point.
 
@@ -76,7 +78,7 @@ def sam(
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -114,6 +116,7 @@ def sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -127,6 +130,7 @@ def asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Adaptive SAM: the ball scales with the weights, so that rescaling layers changes nothing.
 
@@ -139,7 +143,7 @@ def asam(
         eta: keeps small weights in motion, at least 0, in units of the parameters.
         adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
             of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -177,6 +181,7 @@ def asam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -189,6 +194,7 @@ def fisher_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Fisher SAM: the ball is that of the diagonal empirical Fisher metric.
 
@@ -199,7 +205,7 @@ def fisher_sam(
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the ball :math:`\epsilon^\top F \epsilon \le \rho^2`, at least 0.
         eta: weight of the Fisher information, at least 0.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -236,6 +242,7 @@ def fisher_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -248,6 +255,7 @@ def gsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
@@ -260,7 +268,7 @@ def gsam(
         rho: radius of the L2 ball, in units of the parameters, at least 0; the
             paper ties it to the learning rate, see `proportional_rho`.
         alpha: weight of the clean gradient's component orthogonal to the perturbed one, at least 0.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -299,6 +307,7 @@ def gsam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -312,6 +321,7 @@ def wsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
@@ -323,7 +333,7 @@ def wsam(
         learning_rate: :math:`\alpha`, that of ``base``: a number or the same schedule.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         gamma: weight of the sharpness, in [0, 1).
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -366,6 +376,7 @@ def wsam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -378,6 +389,7 @@ def coupled_wsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Coupled WSAM: sharpness as a weighted regularizer, through the base optimizer.
 
@@ -388,7 +400,7 @@ def coupled_wsam(
         base: any Optax transformation; sees d and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         gamma: weight of the sharpness, in [0, 1).
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -425,6 +437,7 @@ def coupled_wsam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -437,6 +450,7 @@ def stable_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""StableSAM: the perturbed gradient, at the length of the clean one.
 
@@ -448,7 +462,7 @@ def stable_sam(
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         clip: None, or :math:`\gamma_0` in (0, 1): the factor is kept in
             :math:`[\gamma_0, \sqrt{\gamma_0}]`.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -487,6 +501,7 @@ def stable_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -501,6 +516,7 @@ def stable_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""StableASAM: the ball of ASAM, and the perturbed gradient at the length of the clean one.
 
@@ -515,7 +531,7 @@ def stable_asam(
         clip: as in `stable_sam`.
         adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
             of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -556,6 +572,7 @@ def stable_asam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -570,6 +587,7 @@ def friendly_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Friendly SAM: the full-gradient part is taken out of the perturbation.
 
@@ -584,7 +602,7 @@ def friendly_sam(
         decay: :math:`\lambda` of that average, in [0, 1].
         ema: ``"updated"`` subtracts the average that already holds the present gradient,
             ``"previous"`` the one before.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -623,6 +641,7 @@ def friendly_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -639,6 +658,7 @@ def friendly_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Friendly ASAM: the perturbation of Friendly SAM in the ball of ASAM.
 
@@ -656,7 +676,7 @@ def friendly_asam(
             ``"previous"`` the one before.
         adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
             of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -699,6 +719,7 @@ def friendly_asam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -712,6 +733,7 @@ def look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""LookSAM: SAM every k steps, and in between its flattening part, reused.
 
@@ -724,7 +746,7 @@ def look_sam(
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         alpha: weight of the reused component, at least 0.
         k: period, a static integer of at least 1; step 0 ascends.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -766,6 +788,7 @@ def look_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -779,6 +802,7 @@ def ss_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""SS-SAM: SAM with a probability at every step, else the base optimizer.
 
@@ -790,7 +814,7 @@ def ss_sam(
         key: a PRNG key; the draw at a step depends on ``key`` and ``step`` alone.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         probability: of ascent, in [0, 1].
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -827,6 +851,7 @@ def ss_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -842,6 +867,7 @@ def ae_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
@@ -855,7 +881,7 @@ def ae_sam(
         lambda_1: threshold at the end, in standard deviations; any real number.
         lambda_2: threshold at the start.
         decay: :math:`\delta` of the averages, in [0, 1).
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -898,6 +924,7 @@ def ae_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -914,6 +941,7 @@ def ae_look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""AE-LookSAM: AE-SAM, and the last flattening part reused where it does not ascend.
 
@@ -929,7 +957,7 @@ def ae_look_sam(
         lambda_1: threshold at the end, in standard deviations; any real number.
         lambda_2: threshold at the start.
         decay: :math:`\delta` of the averages, in [0, 1).
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -974,6 +1002,7 @@ def ae_look_sam(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -986,6 +1015,7 @@ def vasso(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""VaSSO: ascend along a moving average of gradients, whose variance is smaller.
 
@@ -996,7 +1026,7 @@ def vasso(
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         theta: weight of the *new* gradient, in [0, 1].
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -1034,6 +1064,7 @@ def vasso(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
@@ -1046,6 +1077,7 @@ def gnp(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
+    info: bool = True,
 ) -> SharpnessAware:
     r"""Gradient norm penalty: descend between the clean and the perturbed gradient.
 
@@ -1056,7 +1088,7 @@ def gnp(
         base: any Optax transformation; sees d and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         alpha: weight of the perturbed gradient, in [0, 1]: the penalty over ``rho``.
-        mask, axis_name, sync_perturbation: as in `sharpness_aware`.
+        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
     Returns:
         A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
@@ -1095,6 +1127,7 @@ def gnp(
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        info=info,
     )
 
 
