@@ -435,15 +435,21 @@ class Run:
                 lambda p: diagnostics.hessian_top_eigenvalues(loss, p, key, num_iters=num_iters)
             )
             return float(top(params)[0])
-        # Power iteration by hand: no convolution inside a loop. It finds the eigenvalue of largest
-        # size, which at the end of training is the largest.
-        product = jax.jit(lambda v: diagnostics.hessian_vector_product(loss, params, v))
-        vector, value = optax.tree.random_like(key, params, jax.random.normal), 0.0
-        for _ in range(num_iters):
-            vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
-            after = product(vector)
-            value, vector = float(optax.tree.vdot(vector, after)), after
-        return value
+        return power_iteration(loss, params, key, num_iters)
+
+
+def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int) -> float:
+    """The Hessian's eigenvalue of largest size, as a Python loop: for convolutions on a CPU.
+
+    At the end of training it is the largest one.
+    """
+    product = jax.jit(lambda v: diagnostics.hessian_vector_product(loss, params, v))
+    vector, value = optax.tree.random_like(key, params, jax.random.normal), 0.0
+    for _ in range(num_iters):
+        vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
+        after = product(vector)
+        value, vector = float(optax.tree.vdot(vector, after)), after
+    return value
 
 
 # --- Files and screen -----------------------------------------------------------------------------
