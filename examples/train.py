@@ -448,7 +448,7 @@ def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int)
     for _ in range(num_iters):
         vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
         after = product(vector)
-        value, vector = float(optax.tree.vdot(vector, after)), after
+        value, vector = float(jnp.asarray(optax.tree.vdot(vector, after))), after
     return value
 
 
@@ -654,7 +654,8 @@ def fit(
             state, steps = run.epoch(state, epoch, on_step)
             row: dict[str, Any] = {"epoch": epoch + 1, **_summary(steps)}
             row["seconds"] = time.perf_counter() - began
-            row["learning_rate"] = float(run.learning_rate((epoch + 1) * run.steps_per_epoch - 1))
+            last_step = (epoch + 1) * run.steps_per_epoch - 1
+            row["learning_rate"] = float(jnp.asarray(run.learning_rate(last_step)))
             for split in ("validation", "test"):
                 row[f"{split}_loss"], row[f"{split}_accuracy"] = run.evaluate(state, split)
             if on_epoch is not None:
@@ -686,6 +687,7 @@ def fit(
     if out is not None:
         _write_curves(out / "curves.png", history)
         (out / "report.json").write_text(json.dumps(report, indent=1))
+    if manager is not None:
         manager.close()
     if board is not None:
         board.close()

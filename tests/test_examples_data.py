@@ -185,8 +185,8 @@ def test_cutout_is_a_square():
 def test_normalization():
     data = _data.load("digits")
     augment = _data.augmentation(data.train, ("crop", "flip", "cutout"), 4)
-    x = np.asarray(augment.normalize(data.train.images))
+    x = np.asarray(augment.normalize(jnp.asarray(data.train.images)))
     assert abs(x.mean()) < 1e-5 and abs(x.std() - 1) < 1e-5
-    assert augment(jax.random.key(0), data.train.images[:9]).shape == (9, 8, 8, 1)
+    assert augment(jax.random.key(0), jnp.asarray(data.train.images[:9])).shape == (9, 8, 8, 1)
     with pytest.raises(_data.DataError, match=r"unknown augmentation \['mixup'\]"):
         _data.augmentation(data.train, ("mixup",))
