@@ -272,7 +272,7 @@ def cutout(key: jax.Array, images: jax.Array, size: int = 16) -> jax.Array:
 
 
 class Augmentation(NamedTuple):
-    """From a batch of uint8 images to normalized floats, at random for training.
+    """From a batch of uint8 images to normalized floats, at random for training; hashable.
 
     Attributes:
         mean: per channel, of pixels in [0, 1].
@@ -281,14 +281,15 @@ class Augmentation(NamedTuple):
         cutout_size: side of the square, in pixels.
     """
 
-    mean: np.ndarray
-    std: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     names: tuple[str, ...] = ()
     cutout_size: int = 16
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Float32 images of mean 0 and variance 1 per channel, over the training set."""
-        return (images.astype(jnp.float32) / 255 - self.mean) / self.std
+        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
+        return (images.astype(jnp.float32) / 255 - mean) / std
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Augment and normalize a training batch."""
@@ -315,4 +316,4 @@ def augmentation(train: Split, names: tuple[str, ...] = (), cutout_size: int = 1
     mean = share @ level
     std = np.sqrt(share @ level**2 - mean**2)
     std = np.where(std > 0, std, 1)
-    return Augmentation(mean.astype(np.float32), std.astype(np.float32), tuple(names), cutout_size)
+    return Augmentation(tuple(mean.tolist()), tuple(std.tolist()), tuple(names), cutout_size)

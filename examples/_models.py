@@ -1,9 +1,10 @@
 """The networks of the papers' tables, in Flax NNX, from ``[n, height, width, channels]`` to logits.
 
-`build` takes them by name. Convolutions follow batch normalization as PyTorch's do by default
-(momentum 0.9 here, 0.1 there; eps 1e-5) and start from He et al.'s normal distribution over the
-outputs; parameters are float32 and ``dtype`` is that of the computation. ``width`` scales the
-number of channels, so that a test can run a small sibling of the same network.
+`build` takes them by name; their graph definitions are hashable. Convolutions follow batch
+normalization as PyTorch's do by default (momentum 0.9 here, 0.1 there; eps 1e-5) and start from He
+et al.'s normal distribution over the outputs; parameters are float32 and ``dtype`` is that of the
+computation. ``width`` scales the number of channels, so that a test can run a small sibling of the
+same network.
 
 The papers do not state PyramidNet-110's alpha; the name carries it, and 270 is Han et al.'s larger
 one (28.5M parameters).
@@ -36,7 +37,7 @@ class _Layers:
             outputs,
             (size, size),
             strides=stride,
-            padding=[(pad, pad)] * 2 if padding == "torch" else padding,
+            padding=((pad, pad), (pad, pad)) if padding == "torch" else padding,
             use_bias=bias,
             feature_group_count=groups,
             kernel_init=_HE,

@@ -648,18 +648,14 @@ def stability(job: Job) -> None:
     """Two runs, alike but for one training example: distance, and generalization error."""
 
     def compute(config):
-        run = train.Run(config)
-        images, labels = run.data.train
+        data = config.load()
         # S lacks the last example; S' has it in place of another one.
-        rng = np.random.default_rng(config.seed)
-        swapped = int(rng.integers(len(labels) - 1))
-        index = np.arange(len(labels) - 1)
-        sets = []
-        for last in (False, True):
-            here = index.copy()
-            here[swapped] = len(labels) - 1 if last else swapped
-            sets.append(jax.device_put((images[here], labels[here]), run.everywhere))
-        run.num_train = len(index)
+        one = data.train.take(slice(-1))
+        swapped = np.random.default_rng(config.seed).integers(len(one.labels))
+        index = np.arange(len(one.labels))
+        index[swapped] = -1
+        run = train.Run(config, data._replace(train=one))
+        sets = [jax.device_put(tuple(s), run.everywhere) for s in (one, data.train.take(index))]
         states, rows = [run.start(), run.start()], []
         for epoch in range(config.epochs):
             for i, split in enumerate(sets):

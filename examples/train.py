@@ -214,6 +214,33 @@ _SCALARS = (
 )
 
 
+# Programs that do not depend on the method: runs alike share them.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _batch(augment, sharding, key, images, labels, index, count):
+    """Augmented images and labels of a step, shared out over the devices."""
+    here = augment(jax.random.fold_in(key, count), images[index])
+    return jax.lax.with_sharding_constraint((here, labels[index]), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _order(num_examples, steps, batch_size, key, epoch):
+    """The training examples of an epoch, ``[steps, batch_size]``."""
+    shuffle = jax.random.permutation(jax.random.fold_in(key, -1 - epoch), num_examples)
+    return shuffle[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate(graph, augment, sharding, params, stats, images, labels, index, counts):
+    """Sums of cross-entropy and of right answers over the examples that count."""
+    images = jax.lax.with_sharding_constraint(augment.normalize(images[index]), sharding)
+    logits = nnx.merge(graph, params, stats, copy=True)(images).astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
+    right = jnp.argmax(logits, -1) == labels[index]
+    return jnp.sum(counts * each), jnp.sum(counts * right)
+
+
 class Run:
     """One training run: data on the devices, the model, the optimizer, and compiled programs.
 
@@ -254,6 +281,7 @@ class Run:
         mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._shared = NamedSharding(mesh, PartitionSpec("batch"))
+        self._key = jax.random.key(config.seed + 2)
         self.scan = jax.default_backend() != "cpu" if scan is None else scan
 
         self._build_model(config, data)
@@ -314,11 +342,6 @@ class Run:
             on_host = False  # `host_dispatched` jits inside.
         if on_host:
             step = jax.jit(step, donate_argnums=(0, 1))
-        key = jax.random.key(config.seed + 2)
-
-        def batch(images, labels, index, count):
-            here = self.augment(jax.random.fold_in(key, count), images[index])
-            return jax.lax.with_sharding_constraint((here, labels[index]), self._shared)
 
         def advance(state, images, labels):
             params, opt_state, metrics = step(
@@ -332,28 +355,12 @@ class Run:
         def whole_epoch(state, images, labels, index, first):
             def body(state, item):
                 here, count = item
-                return advance(state, *batch(images, labels, here, count))
+                batch = _batch(self.augment, self._shared, self._key, images, labels, here, count)
+                return advance(state, *batch)
 
             return jax.lax.scan(body, state, (index, first + jnp.arange(len(index))))
 
-        @jax.jit
-        def order(epoch):
-            shuffle = jax.random.permutation(jax.random.fold_in(key, -1 - epoch), self.num_train)
-            used = self.steps_per_epoch * config.batch_size
-            return shuffle[:used].reshape(self.steps_per_epoch, config.batch_size)
-
-        @jax.jit
-        def evaluate(params, stats, images, labels, index, counts):
-            model = nnx.merge(self.eval_graph, params, stats, copy=True)
-            images = self.augment.normalize(images[index])
-            images = jax.lax.with_sharding_constraint(images, self._shared)
-            logits = model(images).astype(jnp.float32)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
-            right = jnp.argmax(logits, -1) == labels[index]
-            return jnp.sum(counts * each), jnp.sum(counts * right)
-
-        self._batch, self._advance, self._whole_epoch = jax.jit(batch), advance, whole_epoch
-        self._order, self._evaluate = order, evaluate
+        self._advance, self._whole_epoch = advance, whole_epoch
 
     def start(self) -> State:
         """The state before the first step."""
@@ -364,7 +371,9 @@ class Run:
 
     def batch(self, index: Any, count: Any = 0) -> tuple[jax.Array, jax.Array]:
         """Augmented training images and their labels, by position; ``count`` is the step."""
-        return self._batch(*self.splits["train"], jnp.asarray(index), count)
+        images, labels = self.splits["train"]
+        index = jnp.asarray(index)
+        return _batch(self.augment, self._shared, self._key, images, labels, index, count)
 
     def epoch(
         self, state: State, epoch: int, on_step: Callable[[int, dict], None] = lambda i, s: None
@@ -381,7 +390,8 @@ class Run:
             The new state, and per step: the fields of `StepMetrics` that are numbers, and the
             batch's accuracy.
         """
-        index, first = self._order(epoch), epoch * self.steps_per_epoch
+        sizes = (self.num_train, self.steps_per_epoch, self.config.batch_size)
+        index, first = _order(*sizes, self._key, epoch), epoch * self.steps_per_epoch
         if self.scan:
             state, scalars = self._whole_epoch(state, *self.splits["train"], index, first)
             return state, jax.device_get(scalars)
@@ -400,13 +410,12 @@ class Run:
         if not n:
             return float("nan"), float("nan")
         size = -(-min(n, 1000) // self.config.batch_size) * self.config.batch_size
-        total = np.zeros(2)
+        where, sums = (self.eval_graph, self.augment, self._shared), []
         for first in range(0, n, size):
             at = np.arange(first, first + size)
-            sums = self._evaluate(
-                state.params, state.stats, images, labels, np.minimum(at, n - 1), at < n
-            )
-            total += np.array(jax.device_get(sums))
+            batch = (images, labels, np.minimum(at, n - 1), at < n)
+            sums.append(_evaluate(*where, state.params, state.stats, *batch))
+        total = np.sum(jax.device_get(sums), axis=0)
         return float(total[0] / n), float(total[1] / n)
 
     def train_loss(self, state: State, index: Any) -> Callable[[Any], jax.Array]:

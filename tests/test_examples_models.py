@@ -57,6 +57,7 @@ def test_logits(name, shape):
     def logits(images):
         model = _models.build(name, shape, 7, nnx.Rngs(0), dtype=jnp.bfloat16, width=0.5)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        hash(nnx.split(model)[0])  # it is a static argument of the trainer's programs
         return model(images)
 
     out = jax.eval_shape(logits, jax.ShapeDtypeStruct((3, *shape), jnp.float32))
