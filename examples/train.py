@@ -793,6 +793,14 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings | given
 
 
+def _value(text: str) -> Any:
+    """A number where it is one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
     """The runs that the command line asks for, by name."""
     settings = _settings(args)
@@ -805,7 +813,7 @@ def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
     if not values:
         raise ValueError("--tune takes an option and its values: --tune rho 0.05 0.1 0.2")
     return [
-        (f"{option} {v}, seed {s}", Config.read(settings | {option: json.loads(v), "seed": s}))
+        (f"{option} {v}, seed {s}", Config.read(settings | {option: _value(v), "seed": s}))
         for v in values
         for s in seeds
     ]

@@ -9,6 +9,7 @@ import optax
 import pytest
 import reproduce
 import train
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 
@@ -115,7 +116,7 @@ def test_perturbation_along_and_across_the_full_gradient(label):
 
     def gradient(images, labels):
         g = jax.grad(lambda p: run.mean_loss(p, state.stats, images, labels)[0])(state.params)
-        return jax.flatten_util.ravel_pytree(g)
+        return ravel_pytree(g)
 
     full, _ = gradient(*everything)
     batch, unravel = gradient(images, labels)

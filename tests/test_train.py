@@ -74,7 +74,7 @@ def test_scan_is_the_loop():
     results = []
     for scan in (True, False):
         run = train.Run(config, scan=scan)
-        state, steps = run.epoch(run.start(), 0)
+        state, steps = run.epoch(run.epoch(run.start(), 0)[0], 1)
         results.append((state.params, steps))
     close(*(r[0] for r in results))
     for name in ("loss", "ascended", "accuracy", "perturbed_loss"):
