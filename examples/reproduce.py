@@ -267,7 +267,8 @@ def other_ascent(cell: Cell) -> Callable[[train.Run], Callable]:
         def drawn(count, batches):
             """Augmented batches, drawn anew at every step."""
             here = jax.random.fold_in(key, count)
-            index = jax.random.choice(here, run.num_train, (batches * size,), replace=False)
+            many = min(batches * size, run.num_train)
+            index = jax.random.choice(here, run.num_train, (many,), replace=False)
             return run.augment(here, train_images[index]), train_labels[index]
 
         def full(params, stats, count):

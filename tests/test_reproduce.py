@@ -55,6 +55,8 @@ def test_every_cell_is_a_run(scale):
             config = reproduce.config_of(cell, 0, job)
             config.optimizer(steps_per_epoch=4)
             assert config.batch_size % 8 == 0
+            examples = config.subset or 50_000
+            assert config.batch_size <= examples * (1 - config.validation)
     assert total > (400 if scale != "smoke" else 100)
 
 
