@@ -723,6 +723,8 @@ def _describe(job: Job) -> None:
     blocks = len(experiment.get("blocks", []))
     if scale.get("blocks", blocks) < blocks:
         notes.append(f"blocks: {scale['blocks']} of {blocks}")
+    if "blocks" in scale and "smoke_rows" in experiment:
+        notes.append(f"rows: {experiment['smoke_rows']} of each block")
     notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
     if jax.default_backend() != "cpu" and "override" not in scale:
         notes.append(f"computed in {job.args.dtype or 'bfloat16'}, parameters in float32")

@@ -57,7 +57,7 @@ def test_every_cell_is_a_run(scale):
             assert config.batch_size % 8 == 0
             examples = config.subset or 50_000
             assert config.batch_size <= examples * (1 - config.validation)
-    assert total > (400 if scale != "smoke" else 100)
+    assert total > (400 if scale != "smoke" else 90)
 
 
 def test_scales():
