@@ -1,4 +1,4 @@
-# smoke: all --scale smoke
+# smoke: wsam-fig3 --scale smoke
 """The four papers' tables and figures, one subcommand each.
 
     python examples/reproduce.py list
