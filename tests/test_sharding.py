@@ -153,10 +153,10 @@ def test_sharded_parameters_under_jit(row, axis_type):
         rows, whole = (NamedSharding(devices, PartitionSpec(*axes)) for axes in (("data",), ()))
         params = jax.device_put(params, {"kernel": rows, "bias": whole})
         state = tx.init(params)
-        after = jax.jit(lambda *args: step(*args, split))(
+        after = jax.jit(lambda *args: step(*args, split))(  # pyright: ignore[reportCallIssue]
             params,
             state,
-            jax.device_put(batch, rows),  # pyright: ignore[reportCallIssue]
+            jax.device_put(batch, rows),
         )
         chex.assert_trees_all_close(after, alone, rtol=1e-4, atol=1e-5)
         for x, y in zip(jax.tree.leaves(after), jax.tree.leaves((params, state)), strict=True):
