@@ -1,4 +1,4 @@
-# smoke: --epochs 1 --seeds 1 --methods sgd sam ae_sam --diagnostics
+# smoke: --epochs 1 --seeds 1 --methods sgd sam ae_sam
 """Compare sharpness-aware methods on handwritten digits, with wrong labels in the training set.
 
 Trains a small Flax classifier on scikit-learn's digits (1797 images of 8 x 8 pixels, bundled, no

@@ -4,6 +4,8 @@
 python examples/parameter_groups.py
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -89,7 +91,7 @@ def radius_per_group(params):
 
 def main(argv=None):
     """Run the three; returns their results by name."""
-    del argv
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     params = initial_params()
     results = {f.__name__: f(params) for f in (only_normalization, only_adapter, radius_per_group)}
     for name, (_, _, metrics) in results.items():

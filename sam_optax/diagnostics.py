@@ -256,6 +256,9 @@ def hessian_top_eigenpairs(
 ) -> tuple[jax.Array, Any]:
     r"""The k largest eigenvalues of the Hessian, with eigenvectors; see `hessian_top_eigenvalues`.
 
+    Args:
+        loss_fn, params, key, k, num_iters: as there.
+
     Returns:
         The eigenvalues, algebraically largest first, f32[k] (f64[k] for float64 parameters), and a
         tree like ``params`` in that dtype, every leaf with a leading axis k: eigenvectors that are
@@ -595,8 +598,15 @@ def surrogate_gap(
     r"""How much higher the loss is where SAM looks, :math:`L(w + \hat\epsilon) - L(w)`.
 
     :math:`\hat\epsilon` is `steepest_ascent`'s from the gradient at w: `sharpness` with one step.
-    Negative where that one step overshoots. Arguments, errors and dtypes as there; cost, one
-    gradient and one loss.
+    Negative where that one step overshoots. Errors and dtypes as there.
+
+    Args:
+        loss_fn, params, rho, scale, mask: as in `sharpness`.
+
+    Returns:
+        The gap, f32[] (f64[] for float64 parameters).
+
+    Cost: one gradient and one loss.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -121,7 +121,8 @@ def two_gradient_step(
 
     Cost: that of ``tx``; `never` and plain optimizers pay one gradient.
 
-    Reduces to: the ordinary step at ``rho=0``, bit for bit.
+    Reduces to: the ordinary step at ``rho=0``, operation by operation the same numbers. Under
+    ``jit`` XLA may fuse the two programs differently, and then they can differ by rounding.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax

@@ -26,6 +26,7 @@ from rows import (
     problem32,
     problem64,
     scan,
+    some_rows,
     step_fn,
     trajectory,
     untyped,
@@ -88,7 +89,7 @@ def test_float32_stays_near_float64(row):
     np.testing.assert_allclose(as_steps(info), steps_info, rtol=2e-4, atol=2e-5)
 
 
-@every_row
+@some_rows
 def test_vmap(row):
     """An ensemble: every member walks as it does alone, though they decide differently."""
     starts = [mlp(seed=seed).cast(np.float32).params for seed in range(3)]
@@ -122,7 +123,7 @@ def test_state_spec_never_changes(row):
     assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
 
 
-@every_row
+@some_rows
 def test_nothing_is_traced_or_compiled_again(row):
     problem, tx = problem32(), row.build(base())
     chex.clear_trace_counter()
@@ -133,7 +134,7 @@ def test_nothing_is_traced_or_compiled_again(row):
     assert untyped(step)._cache_size() == 1
 
 
-@every_row
+@some_rows
 def test_donation(row):
     """Params and state are given away, every array of them, from the first step on."""
     problem, tx = problem32(), row.build(base())
@@ -202,7 +203,7 @@ def test_rho_zero_is_the_base_optimizer(row):
         assert ours[1].info.perturbation_norm == 0
 
 
-@every_row
+@some_rows
 def test_gradients_with_and_without_value_agree(row):
     problem, tx = problem32(), row.build(base())
     evaluate = jax.value_and_grad(lambda p: problem.loss(p, problem.batch(0)))
@@ -223,7 +224,7 @@ def test_gradients_with_and_without_value_agree(row):
     chex.assert_trees_all_equal((known[0], blank[0]), (unknown[0], blank[1]))
 
 
-@every_row
+@some_rows
 def test_unknown_keywords_in_a_chain(row):
     """`reduce_on_plateau` behind it takes `value=`, which is none of ours."""
     problem = problem32()
@@ -304,7 +305,7 @@ def test_line_search_as_base(row, search):
     chex.assert_trees_all_close(past_the_search, past_the_spy, rtol=1e-4, atol=1e-5)
 
 
-@every_row
+@some_rows
 def test_injected_rho(row):
     """A radius in the state can be changed between steps, and nothing is compiled again."""
     problem = problem32()
@@ -455,7 +456,7 @@ def test_map_params_finds_the_trees_like_params(row):
         assert jax.tree.leaves(marked.base).count("found") == size
 
 
-@every_row
+@some_rows
 def test_multi_steps_with_the_gradient_of_the_whole_batch(row):
     """Two micro-batches, and a `grad_fn` on both together: one step on the whole."""
     problem, tx = problem32(), row.build(base())

@@ -249,6 +249,18 @@ def test_projections_are_orthogonal_and_sum_to_the_gradient():
     np.testing.assert_allclose(optax.tree.vdot(along, across), 0, atol=1e-12)
 
 
+def test_rounding_noise_is_not_reused():
+    """Where gp is parallel to g, what is left across g is rounding error: a stale step is g."""
+    w = jax.random.normal(jax.random.key(0), (1000,), jnp.float32)
+    tx = untyped(sam_optax.look_sam(optax.sgd(1.0), RHO, k=2))
+    state = tx.init(w)
+    for _ in range(2):
+        updates, state = tx.update(3 * w, state, w, grad_fn=lambda p: 3 * p)
+    assert not state.info.ascended
+    assert not state.surrogate.orthogonal.any()
+    np.testing.assert_array_equal(updates, -3 * w)
+
+
 def test_a_quadratic_step_in_closed_form():
     """On 0.5 w^T A w the perturbed gradient is A (w + rho A w / ||A w||)."""
     a, w = np.array([3.0, 1.0, 0.5]), np.array([1.0, -2.0, 4.0])

@@ -33,7 +33,7 @@ def ball(rho, w, g, scale=None):
 
 def test_parameter_groups():
     module = load("parameter_groups")
-    results = module.main()
+    results = module.main([])
     params, batch = module.initial_params(), module.batch()
     g = jax.grad(module.loss_fn)(params, *batch)
 

@@ -1,0 +1,798 @@
+# smoke: wsam-fig3 --scale smoke
+"""The four papers' tables and figures, one subcommand each.
+
+    python examples/reproduce.py list
+    python examples/reproduce.py wsam-table6 --scale smoke
+    python examples/reproduce.py wsam-table6 --scale short --data-dir DIR
+    python examples/reproduce.py wsam-table6 --scale paper --data-dir DIR --only "20 %"
+    python examples/reproduce.py aesam-fig2 --scale short --data-dir DIR --replace cifar100=cifar10
+    python examples/reproduce.py all --scale smoke
+
+Every experiment prints its numbers beside the published ones, and what was scaled down; figures are
+written as PNG. Settings and published numbers are data, in ``paper_settings.toml``. All scales run
+the same code, that of ``train.py``.
+
+Finished runs are JSON files in ``--results``, one for each set of settings and seed, and the rest
+of a run that was killed is trained from its last checkpoint: the same command goes on where it
+stopped. A run that several tables share is trained once. At scale ``smoke``, results go to a
+temporary directory unless ``--results`` is given.
+
+Some perturbations need another gradient than that of the batch (``ascent`` in the settings):
+``full gradient`` passes the gradient over the training set as ``direction``, for SAM-full and
+SAM-noise; ``other batch`` and ``3 batches`` ascend along the gradient of a batch drawn anew, and of
+the batch together with two others (SAM-db, and Figure 2c of Friendly SAM).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import _data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import train
+from rich.console import Console
+from rich.table import Table
+
+import sam_optax
+from sam_optax import diagnostics
+from sam_optax.training import StepMetrics
+
+SETTINGS = tomllib.loads((pathlib.Path(__file__).parent / "paper_settings.toml").read_text())
+SCALES = SETTINGS.pop("scale")
+
+
+# --- From settings to runs ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of a table: a run per seed.
+
+    Attributes:
+        block: label of its block, a data set and a model for one.
+        label: label of its row.
+        settings: for `train.Config.read`.
+        paper: published mean, standard deviation and %SAM, as far as known.
+        x: where a figure's horizontal axis is a setting.
+        ascent: which other gradient the perturbation sees; None for the batch's own.
+        full_examples: training examples in a "full" gradient; 0 for all.
+        probe: name of a measurement after every epoch, one of `PROBES`.
+        probe_batches: batches that it takes.
+    """
+
+    block: str
+    label: str
+    settings: dict
+    paper: tuple = ()
+    x: float | None = None
+    ascent: str | None = None
+    full_examples: int = 0
+    probe: str | None = None
+    probe_batches: int = 0
+
+
+class Job(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+        name: of the experiment.
+        experiment: its settings.
+        scale: its scale's settings, with the experiment's own over them.
+        args: the command line.
+        store: directory of results.
+        console: where to print.
+    """
+
+    name: str
+    experiment: dict
+    scale: dict
+    args: argparse.Namespace
+    store: pathlib.Path
+    console: Console
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds each cell has."""
+        return self.args.seeds or self.scale.get("seeds") or self.experiment["seeds"]
+
+
+class NoSuchBlock(ValueError):
+    """``--only`` matches nothing; the message is one line for a person."""
+
+
+def _scaled(settings: dict, job: Job) -> dict:
+    """Settings at the scale of a job."""
+    scale, out = job.scale, dict(settings)
+    if "epochs" in scale:
+        out["epochs"] = max(1, round(scale["epochs"] * out["epochs"]))
+    if "batch_divisor" in scale:
+        out["batch_size"] = max(1, out["batch_size"] // scale["batch_divisor"])
+    override = dict(scale.get("override", {}))
+    if "hessian_examples" not in out:
+        override.pop("hessian_examples", None)
+    out = out | override
+    out["model"] = scale.get("models", {}).get(out["model"], out["model"])
+    out["dataset"] = dict(job.args.replace).get(out["dataset"], out["dataset"])
+    accelerated = jax.default_backend() != "cpu"
+    out.setdefault("dtype", job.args.dtype or ("bfloat16" if accelerated else "float32"))
+    return out
+
+
+def _ends(values: list) -> list:
+    return values if len(values) < 3 else [values[0], values[-1]]
+
+
+def _rows(experiment: dict, block: dict, thin: bool) -> Iterator[dict]:
+    """A block's rows: columns that all blocks share, its own, each for every value of a sweep."""
+    columns = [dict(column) for column in experiment.get("columns", [])]
+    for column, paper in zip(columns, block.get("paper", []), strict=False):
+        column["paper"] = paper
+    rows = columns + block.get("rows", [])
+    if "grid" in experiment:
+        values = _ends(experiment["grid"]) if thin else experiment["grid"]
+        for low in values:
+            for high in (value for value in values if value >= low):
+                pair = {"lambda_1": float(low), "lambda_2": float(high)}
+                yield {"label": f"{low:+d}, {high:+d}", **pair}
+        return
+    if "sweep" not in experiment:
+        yield from rows
+        return
+    name = experiment["x"]
+    for row in rows or [{"label": ""}]:
+        for value in _ends(experiment["sweep"]) if thin else experiment["sweep"]:
+            known = block.get("paper_at", {}).get(f"{row['label']} {value}", ())
+            label = f"{row['label']} {name} = {value}".strip()
+            yield row | {"label": label, name: value, "x": value, "paper": known}
+
+
+def cells(job: Job) -> list[Cell]:
+    """The cells of an experiment, at the scale of a job."""
+    experiment, found = job.experiment, []
+    blocks = experiment.get("blocks", [])
+    for block in blocks[: job.scale.get("blocks")]:
+        if job.args.only and not re.search(job.args.only, block["label"]):
+            continue
+        rows = list(_rows(experiment, block, "blocks" in job.scale))
+        limit = experiment.get("smoke_rows") if "blocks" in job.scale else None
+        for row in rows[:limit]:
+            settings = experiment["settings"] | block.get("settings", {}) | row
+            extra = {key: settings.pop(key, None) for key in ("label", "paper", "x", "ascent")}
+            probe = experiment.get("probe")
+            found.append(
+                Cell(
+                    block["label"],
+                    extra["label"],
+                    _scaled(settings, job),
+                    tuple(extra["paper"] or ()),
+                    extra["x"],
+                    extra["ascent"],
+                    job.scale["full_examples"] if extra["ascent"] == "full gradient" else 0,
+                    probe,
+                    job.scale["probe_batches"] if probe else 0,
+                )
+            )
+    if job.args.only and not found:
+        raise NoSuchBlock(
+            f"no block matches {job.args.only!r}; there are "
+            + ", ".join(repr(block["label"]) for block in blocks)
+        )
+    return found
+
+
+def config_of(cell: Cell, seed: int, job: Job) -> train.Config:
+    """The settings of one run."""
+    return train.Config.read(cell.settings | {"seed": seed, "data_dir": job.args.data_dir})
+
+
+# --- Running, once --------------------------------------------------------------------------------
+
+
+def _path(store: pathlib.Path, config: train.Config, more: Any) -> pathlib.Path:
+    """Where a run's result is kept: the name says what it is, and a hash of everything."""
+    settings = dataclasses.asdict(config)
+    for name in ("data_dir", "devices"):
+        settings.pop(name)
+    text = json.dumps([settings, more], sort_keys=True)
+    key = hashlib.sha1(text.encode()).hexdigest()[:12]
+    return store / f"{config.dataset}-{config.model}-{config.method}-{config.seed}-{key}.json"
+
+
+def remember(path: pathlib.Path, compute: Callable[[], dict]) -> dict:
+    """A result from its file, or computed and kept there."""
+    if not path.exists():
+        result = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(result))
+        os.replace(draft, path)
+    return json.loads(path.read_text())
+
+
+def obtain(cell: Cell, seed: int, job: Job) -> dict:
+    """The report of one run, trained if it was not."""
+    config = config_of(cell, seed, job)
+    more = [cell.ascent, cell.full_examples, cell.probe, cell.probe_batches]
+    path = _path(job.store, config, more)
+
+    def compute():
+        make_step = other_ascent(cell) if cell.ascent else None
+        run = train.Run(config, make_step=make_step)
+        probe = PROBES[cell.probe](run, cell.probe_batches) if cell.probe else None
+        if job.args.scale == "smoke":
+            return train.fit(config, run=run, on_epoch=probe, show=False)
+        job.console.print(f"[dim]{cell.block}, {cell.label}, seed {seed}[/dim]")
+        every = max(1, config.epochs // 10)
+        out = path.with_suffix("")
+        report = train.fit(
+            config, out, resume=True, run=run, on_epoch=probe, checkpoint_every=every
+        )
+        shutil.rmtree(out / "checkpoints")
+        return report
+
+    return remember(path, compute)
+
+
+# --- Perturbations that need another gradient -----------------------------------------------------
+
+
+def other_ascent(cell: Cell) -> Callable[[train.Run], Callable]:
+    """A step whose perturbation sees another gradient than that of the batch; see above."""
+    kind = str(cell.ascent)
+
+    def make_step(run):
+        evaluate = jax.value_and_grad(run.mean_loss, has_aux=True)
+        size, key = run.config.batch_size, jax.random.key(run.config.seed + 3)
+        train_images, train_labels = run.splits["train"]
+        examples = cell.full_examples or run.num_train
+        chunks = max(1, examples // size)
+
+        def drawn(count, batches):
+            """Augmented batches, drawn anew at every step."""
+            here = jax.random.fold_in(key, count)
+            many = min(batches * size, run.num_train)
+            index = jax.random.choice(here, run.num_train, (many,), replace=False)
+            return run.augment(here, train_images[index]), train_labels[index]
+
+        def full(params, stats, count):
+            """The gradient over the training set (or a part of it), in batches."""
+            order = jax.random.permutation(jax.random.fold_in(key, count), run.num_train)
+            index = order[: chunks * size].reshape(chunks, -1)
+
+            def add(total, here):
+                images = run.augment.normalize(train_images[here])
+                _, gradient = evaluate(params, stats, images, train_labels[here])
+                return jax.tree.map(lambda t, g: t + g / chunks, total, gradient), None
+
+            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), index)[0]
+
+        def step(params, opt_state, stats, images, labels):
+            (loss, aux), gradient = evaluate(params, stats, images, labels)
+            count, extra, ascent = opt_state.step, {}, gradient
+            if kind == "full gradient":
+                extra["direction"] = full(params, stats, count)
+            elif kind == "other batch":
+                ascent = evaluate(params, stats, *drawn(count, 1))[1]
+            else:
+                more = drawn(count, int(kind.split()[0]) - 1)
+                both = jax.tree.map(lambda *x: jnp.concatenate(x), (images, labels), more)
+                ascent = evaluate(params, stats, *both)[1]
+
+            def at(point):
+                (value, _), slope = evaluate(point, stats, images, labels)
+                return value, slope
+
+            # SAM's surrogate is the perturbed gradient alone: what is passed first steers the
+            # perturbation, and nothing else.
+            updates, opt_state = run.tx.update(
+                ascent, opt_state, params, value_and_grad_fn=at, **extra
+            )
+            info = opt_state.info
+            metrics = StepMetrics(
+                loss=loss,
+                perturbed_loss=info.perturbed_value,
+                surrogate_gap=info.perturbed_value - loss,
+                grad_norm=optax.tree.norm(gradient),
+                perturbed_grad_norm=info.perturbed_grad_norm,
+                perturbation_norm=info.perturbation_norm,
+                cosine=info.cosine,
+                ascended=info.ascended,
+                aux=aux,
+                skipped=jnp.zeros((), bool),
+            )
+            return optax.apply_updates(params, updates), opt_state, metrics
+
+        return step
+
+    return make_step
+
+
+# --- Measurements after an epoch ------------------------------------------------------------------
+
+
+def _batches(run: train.Run, count: int, epoch: int) -> jax.Array:
+    """Positions of random training batches, ``[count, batch]``."""
+    rng = np.random.default_rng([run.config.seed, epoch])
+    size = run.config.batch_size
+    count = min(count, run.num_train // size)
+    return jnp.asarray(rng.permutation(run.num_train)[: count * size].reshape(count, size))
+
+
+def _batch_loss(run, stats, images, labels):
+    """The training loss, batch statistics included, as a function of parameters and positions."""
+
+    def loss(params, index):
+        images_here = run.augment.normalize(images[index])
+        return run.mean_loss(params, stats, images_here, labels[index])[0]
+
+    return loss
+
+
+def _norms(run: train.Run) -> Callable:
+    @jax.jit
+    def measure(params, stats, images, labels, index):
+        grad_fn = jax.grad(_batch_loss(run, stats, images, labels))
+        return diagnostics.gradient_norm_statistics(grad_fn, params, index)
+
+    return lambda state, index: measure(state.params, state.stats, *run.splits["train"], index)
+
+
+def _mean_squared_norm(run, count):
+    measure = _norms(run)
+
+    def probe(run, state, epoch):
+        return {"mean_squared_norm": float(measure(state, _batches(run, count, epoch)).mean)}
+
+    return probe
+
+
+def _norm_samples(run, count):
+    del count
+    measure = _norms(run)
+    epochs = {max(1, round(share * run.config.epochs)) for share in (0.3, 0.6, 0.9)}
+
+    def probe(run, state, epoch):
+        if epoch not in epochs:
+            return {}
+        found = measure(state, _batches(run, 400, epoch))
+        return {
+            "squared_norms": np.sort(found.squared_norms).tolist(),
+            "normal_quantiles": np.asarray(found.normal_quantiles).tolist(),
+        }
+
+    return probe
+
+
+def _full_gradient(run, count):
+    @jax.jit
+    def measure(params, stats, images, labels, index):
+        loss = diagnostics.mean_over_batches(_batch_loss(run, stats, images, labels), index)
+        return jnp.square(optax.tree.norm(jax.grad(loss)(params)))
+
+    def probe(run, state, epoch):
+        index = _batches(run, count, epoch)
+        value = measure(state.params, state.stats, *run.splits["train"], index)
+        return {"squared_full_gradient": float(value)}
+
+    return probe
+
+
+PROBES: dict[str, Callable] = {
+    "squared_norms": _mean_squared_norm,
+    "norm_samples": _norm_samples,
+    "full_gradient": _full_gradient,
+}
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def _mean_std(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _with_std(mean: float, std: float, digits: int = 2) -> str:
+    return _number(mean, digits) + ("" if math.isnan(std) else f" ± {_number(std, digits)}")
+
+
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "error": lambda report: 100 * (1 - report["test_accuracy"]),
+    "accuracy": lambda report: 100 * report["test_accuracy"],
+    "best accuracy": lambda report: 100 * report["best_test_accuracy"],
+}
+
+
+def _print(job: Job, header: list[str], rows: list[list[str]]) -> None:
+    """A table on the screen, and as Markdown beside the results."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    job.console.print(table)
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path = job.store / f"{job.name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{_heading(job)}\n{text}\n")
+
+
+def _heading(job: Job) -> str:
+    """What was run, where and when."""
+    command = "python examples/reproduce.py " + " ".join(job.args.argv)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    versions = (
+        f"jax {jax.__version__}, optax {optax.__version__}, Python {platform.python_version()}"
+    )
+    return (
+        f"### {job.experiment['title']}\n\nSource: {job.experiment['source']}. "
+        f"Assumed: {job.experiment.get('assumed', 'nothing')}. "
+        f"Scale {job.args.scale}: {job.scale['about']}; seeds: {job.seeds}.\n\n"
+        f"`{command}`, {device}, {versions}, {datetime.date.today()}\n"
+    )
+
+
+def table(job: Job) -> None:
+    """Ours beside the paper's, a row for each cell; a line plot where there is an x."""
+    measure = MEASURES[job.experiment["measure"]]
+    rows, lines = [], {}
+    for cell in cells(job):
+        reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
+        mean, std = _mean_std([measure(report) for report in reports])
+        share = statistics.fmean(report["percent_sam"] for report in reports)
+        seconds = statistics.fmean(report["seconds_per_epoch"] for report in reports)
+        paper, paper_std, paper_share = (*cell.paper, *[math.nan] * (3 - len(cell.paper)))
+        difference = f"{mean - paper:+.2f}" if cell.paper else ""
+        rows.append(
+            [
+                cell.block,
+                cell.label,
+                _with_std(mean, std),
+                _with_std(paper, paper_std),
+                difference,
+                _number(share, 1),
+                _number(paper_share, 1),
+                f"{seconds:.2f}",
+            ]
+        )
+        if cell.x is not None:
+            name = cell.label.split(f" {job.experiment['x']} = ")[0]
+            name = job.name if " = " in name else name
+            lines.setdefault(cell.block, {}).setdefault(name, []).append((cell.x, mean, std))
+    what = f"{job.experiment['measure']} (%)"
+    header = ["", "method", f"our {what}", "paper", "difference", "%SAM", "paper", "s / epoch"]
+    _print(job, header, rows)
+    if lines:
+        with _figure(job, list(lines)) as panels:
+            for axes, series in zip(panels, lines.values(), strict=True):
+                for name, points in series.items():
+                    x, y, error = map(np.array, zip(*points, strict=True))
+                    axes.errorbar(x, y, np.nan_to_num(error), marker="o", label=name)
+                axes.set(xlabel=job.experiment["x"], ylabel=what)
+                axes.legend(fontsize="x-small")
+
+
+def minima(job: Job) -> None:
+    """Training loss, test accuracy and the Hessian's largest eigenvalue."""
+    rows = []
+    for cell in cells(job):
+        reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
+        row = [cell.label]
+        for index, (name, factor, digits) in enumerate(
+            (("train_loss", 1, 4), ("test_accuracy", 100, 2), ("lambda_max", 1, 2))
+        ):
+            values = [factor * report[name] for report in reports]
+            row += [_with_std(*_mean_std(values), digits), _number(cell.paper[index], digits)]
+        rows.append(row)
+    header = ["method", "training loss", "paper", "accuracy (%)", "paper", "lambda_max", "paper"]
+    _print(job, header, rows)
+
+
+def grid(job: Job) -> None:
+    """%SAM and accuracy over lambda_1 and lambda_2."""
+    rows = []
+    for cell in cells(job):
+        reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
+        accuracy = [100 * report["test_accuracy"] for report in reports]
+        share = _mean_std([report["percent_sam"] for report in reports])
+        row = [cell.block, *cell.label.split(", "), _with_std(*share, 1)]
+        rows.append([*row, _with_std(*_mean_std(accuracy))])
+    _print(job, ["", "lambda_1", "lambda_2", "%SAM", "accuracy (%)"], rows)
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+class _figure:
+    """Panels side by side, written as PNG beside the results."""
+
+    def __init__(self, job: Job, titles: list[str]):
+        from matplotlib.figure import Figure
+
+        self.job, self.titles = job, titles
+        self.figure = Figure(figsize=(4.2 * len(titles), 3.4), layout="constrained")
+
+    def __enter__(self):
+        panels = self.figure.subplots(1, len(self.titles), squeeze=False)[0]
+        for axes, title in zip(panels, self.titles, strict=True):
+            axes.set_title(title)
+        return panels
+
+    def __exit__(self, kind, *rest):
+        if kind is None:
+            path = self.job.store / f"{self.job.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.figure.savefig(path, dpi=120)
+            self.job.console.print(f"wrote {path}")
+
+
+def curves(job: Job) -> None:
+    """A number by epoch."""
+    names = [job.experiment["curve"], *filter(None, [job.experiment.get("also")])]
+    rows, blocks = [], {}
+    for cell in cells(job):
+        reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
+        blocks.setdefault(cell.block, {})[cell.label] = [
+            np.mean([[row[name] for row in report["history"]] for report in reports], axis=0)
+            for name in names
+        ]
+        series = blocks[cell.block][cell.label][0]
+        numbers = (series[0], series.min(), series.max(), series[-1])
+        rows.append([cell.block, cell.label, *(f"{x:.4g}" for x in numbers)])
+    _print(job, ["", names[0].replace("_", " "), "first", "least", "largest", "last"], rows)
+    with _figure(job, list(blocks)) as panels:
+        for axes, lines in zip(panels, blocks.values(), strict=True):
+            for color, (label, series) in enumerate(lines.items()):
+                for values, style in zip(series, ("-", ":"), strict=False):
+                    epochs = range(1, len(values) + 1)
+                    shown = label if style == "-" else None
+                    axes.plot(epochs, values, style, color=f"C{color}", label=shown)
+            axes.set(xlabel="epoch", ylabel=" (-), ".join(names).replace("_", " "))
+            axes.legend(fontsize="x-small")
+
+
+def distribution(job: Job) -> None:
+    """Histograms of squared gradient norms, and their quantiles against a normal's."""
+    rows = []
+    for cell in cells(job):
+        history = obtain(cell, 0, job)["history"]
+        found = [row for row in history if "squared_norms" in row]
+        with _figure(job, ["distribution", "quantiles"]) as panels:
+            for row in found:
+                norms, quantiles = row["squared_norms"], row["normal_quantiles"]
+                # 1 for a normal distribution, whatever its mean and variance.
+                straight = float(np.corrcoef(norms, quantiles)[0, 1]) if len(norms) > 1 else 0.0
+                numbers = (np.mean(norms), np.std(norms), straight)
+                rows.append([cell.label, str(row["epoch"]), *(f"{x:.4f}" for x in numbers)])
+                label = f"epoch {row['epoch']}"
+                panels[0].hist(norms, bins=30, density=True, alpha=0.5, label=label)
+                panels[1].plot(quantiles, norms, ".", label=label)
+            for axes, name in zip(panels, ("squared norm", "normal quantile"), strict=True):
+                axes.set_xlabel(name)
+                axes.legend(fontsize="x-small")
+    _print(job, ["method", "epoch", "mean", "std", "correlation of quantiles"], rows)
+
+
+def toy(job: Job) -> None:
+    """How often runs from random starts on a quartic with a saddle reach one of its minima."""
+    scale, (lowest, highest) = job.scale["toy"], job.experiment["rates"]
+    rates = np.geomspace(lowest, highest, scale["rates"])
+
+    def loss(w):
+        return w[0] ** 4 / 4 - w[0] * w[1] + w[1] ** 2 / 2
+
+    methods: dict[str, Callable] = {
+        "GD": lambda base, rho: sam_optax.sam(base, 0.0),
+        "SAM": sam_optax.sam,
+        "StableSAM": sam_optax.stable_sam,
+    }
+
+    def success(build, radius):
+        def one(rate, start):
+            tx = build(optax.sgd(rate), radius)
+
+            def step(carry, _):
+                w, state = carry
+                updates, state = tx.update(jax.grad(loss)(w), state, w, grad_fn=jax.grad(loss))
+                return (w + updates, state), None
+
+            (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=scale["steps"])
+            distance = jnp.minimum(jnp.max(jnp.abs(w - 1)), jnp.max(jnp.abs(w + 1)))
+            return distance < 0.1  # False for NaN, too.
+
+        starts = jax.random.uniform(jax.random.key(0), (scale["starts"], 2), minval=-2, maxval=2)
+        many = jax.jit(lambda rate: jnp.mean(jax.vmap(lambda start: one(rate, start))(starts)))
+        return [float(many(rate)) for rate in rates.astype(np.float32)]
+
+    lines = {}
+    for radius in job.experiment["radii"]:
+        for name, build in methods.items():
+            path = job.store / f"toy-{name}-{radius}-{'-'.join(map(str, scale.values()))}.json"
+            values = remember(path, lambda b=build, r=radius: {"share": success(b, r)})["share"]
+            lines.setdefault(f"rho = {radius}", {})[name] = values
+    rows = []
+    for title, series in lines.items():
+        for name, values in series.items():
+            large = [v for rate, v in zip(rates, values, strict=True) if rate > 0.1]
+            row = [title, name, f"{100 * max(values):.1f}", f"{100 * statistics.fmean(large):.1f}"]
+            rows.append([*row, f"{100 * values[-1]:.1f}"])
+    header = ["", "method", "largest (%)", "mean above rate 0.1", f"at rate {rates[-1]:.2g}"]
+    _print(job, header, rows)
+    with _figure(job, list(lines)) as panels:
+        for axes, series in zip(panels, lines.values(), strict=True):
+            for name, values in series.items():
+                axes.semilogx(rates, values, label=name)
+            axes.set(xlabel="learning rate", ylabel="share of successful runs")
+            axes.legend(fontsize="x-small")
+
+
+def stability(job: Job) -> None:
+    """Two runs, alike but for one training example: distance, and generalization error."""
+
+    def compute(config):
+        data = config.load()
+        # S lacks the last example; S' has it in place of another one.
+        one = data.train.take(slice(-1))
+        swapped = np.random.default_rng(config.seed).integers(len(one.labels))
+        index = np.arange(len(one.labels))
+        index[swapped] = -1
+        run = train.Run(config, data._replace(train=one))
+        sets = [jax.device_put(tuple(s), run.everywhere) for s in (one, data.train.take(index))]
+        states, rows = [run.start(), run.start()], []
+        for epoch in range(config.epochs):
+            for i, split in enumerate(sets):
+                run.splits["train"] = split
+                states[i], _ = run.epoch(states[i], epoch)
+            squares = [optax.tree.norm(state.params, squared=True) for state in states]
+            apart = optax.tree.sub(states[0].params, states[1].params)
+            distance = jnp.sqrt(optax.tree.norm(apart, squared=True) / (squares[0] + squares[1]))
+            run.splits["train"] = sets[0]
+            train_accuracy = run.evaluate(states[0], "train")[1]
+            gap = train_accuracy - run.evaluate(states[0], "test")[1]
+            rows.append({"distance": float(distance), "gap": gap})
+        return {"history": rows}
+
+    rows, panels_of = [], {}
+    for cell in cells(job):
+        histories = []
+        for seed in range(job.seeds):
+            config = config_of(cell, seed, job)
+            path = _path(job.store, config, "stability")
+            histories.append(remember(path, lambda c=config: compute(c))["history"])
+        for name, title in (("distance", "parameter distance"), ("gap", "generalization error")):
+            values = np.mean([[row[name] for row in history] for history in histories], axis=0)
+            panels_of.setdefault(f"{cell.block}: {title}", {})[cell.label] = values
+        last = [series[cell.label][-1] for series in list(panels_of.values())[-2:]]
+        rows.append([cell.block, cell.label, *(f"{x:.4f}" for x in last)])
+    _print(job, ["", "method", "parameter distance at the end", "generalization error"], rows)
+    with _figure(job, list(panels_of)) as panels:
+        for axes, series in zip(panels, panels_of.values(), strict=True):
+            for name, values in series.items():
+                axes.plot(range(1, len(values) + 1), values, label=name)
+            axes.set_xlabel("epoch")
+            axes.legend(fontsize="x-small")
+
+
+KINDS: dict[str, Callable[[Job], None]] = {
+    "table": table,
+    "grid": grid,
+    "minima": minima,
+    "curves": curves,
+    "distribution": distribution,
+    "toy": toy,
+    "stability": stability,
+}
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def _describe(job: Job) -> None:
+    """What is run, and what was scaled down."""
+    experiment, scale, console = job.experiment, job.scale, job.console
+    console.rule(f"{job.name}")
+    console.print(experiment["title"], highlight=False)
+    console.print(f"source: {experiment['source']}", highlight=False)
+    if "claim" in experiment:
+        console.print(f"the paper: {experiment['claim']}", highlight=False)
+    if "assumed" in experiment:
+        console.print(f"assumed: {experiment['assumed']}", highlight=False)
+    notes = [f"scale {job.args.scale}: {scale['about']}"]
+    published = experiment.get("seeds", 1)
+    if job.seeds < published:
+        notes.append(f"seeds: {job.seeds} of {published}")
+    blocks = len(experiment.get("blocks", []))
+    if scale.get("blocks", blocks) < blocks:
+        notes.append(f"blocks: {scale['blocks']} of {blocks}")
+    if "blocks" in scale and "smoke_rows" in experiment:
+        notes.append(f"rows: {experiment['smoke_rows']} of each block")
+    notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
+    if jax.default_backend() != "cpu" and "override" not in scale:
+        notes.append(f"computed in {job.args.dtype or 'bfloat16'}, parameters in float32")
+    console.print("; ".join(notes), highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, rest = str(__doc__).split("\n", 1)
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    commands.add_parser("list", help="print what there is")
+    texts = {"all": "every experiment"} | {k: v["title"] for k, v in SETTINGS.items()}
+
+    def pair(text):
+        old, _, new = text.partition("=")
+        if old not in _data.NAMES or new not in _data.NAMES:
+            raise argparse.ArgumentTypeError(f"OLD=NEW, two of {', '.join(_data.NAMES)}")
+        return old, new
+
+    for name, title in texts.items():
+        command = commands.add_parser(name, help=title.replace("%", "%%"))
+        command.add_argument("--scale", choices=tuple(SCALES), default="smoke")
+        command.add_argument("--data-dir", help="directory with the data sets' files")
+        command.add_argument("--results", help="directory of results (default: results)")
+        command.add_argument("--seeds", type=int, help="number of seeds, in place of the scale's")
+        command.add_argument("--only", metavar="REGEX", help="blocks whose label matches")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"))
+        command.add_argument(
+            "--replace", type=pair, nargs="*", default=[], metavar="OLD=NEW", help="data sets"
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns an exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    console = Console()
+    if args.experiment == "list":
+        for name, experiment in SETTINGS.items():
+            console.print(f"{name:16} {experiment['title']}", highlight=False)
+        return 0
+    names = list(SETTINGS) if args.experiment == "all" else [args.experiment]
+    if argv is None and args.scale == "smoke":
+        # Nearly all of a smoke run is compiling.
+        jax.config.update("jax_disable_most_optimizations", True)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.results or (temporary if args.scale == "smoke" else "results")
+        return max(_reproduce(name, args, pathlib.Path(root), console) for name in names)
+
+
+def _reproduce(name: str, args: argparse.Namespace, root: pathlib.Path, console: Console) -> int:
+    """One experiment; returns an exit status."""
+    experiment = SETTINGS[name]
+    scale = SCALES[args.scale] | experiment.get(args.scale, {})
+    job = Job(name, experiment, scale, args, root / args.scale, console)
+    _describe(job)
+    kind = "minima" if experiment.get("measure") == "minima" else "table"
+    try:
+        KINDS[experiment.get("kind", kind)](job)
+    except (_data.DataError, NoSuchBlock) as error:
+        print(f"reproduce.py {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,880 @@
+# smoke: --epochs 2 --subset 256 --width 0.1 --hessian-examples 64
+"""Train a classifier with any sharpness-aware method, or with one composed of parts.
+
+    python examples/train.py                                   # digits, MLP, SAM, a few seconds
+    python examples/train.py --method wsam --rho 0.2 --gamma 0.9 --label-noise 0.4 --seeds 0 1 2
+    python examples/train.py --config mine.toml --out runs/mine
+    python examples/train.py --config mine.toml --out runs/mine --resume
+    python examples/train.py --dataset cifar10 --data-dir DIR --model resnet18 --dtype bfloat16 \\
+        --augment crop flip --epochs 200 --learning-rate 0.05 --weight-decay 1e-3 --method sam
+    python examples/train.py --validation 0.1 --tune rho 0.02 0.05 0.1 0.2
+
+A TOML file holds the same settings by the same names (``learning_rate = 0.05``), the options of a
+method beside them (``rho = 0.2``), and compositions::
+
+    method = "composition"
+    surrogate = {name = "renormalized", rule = {name = "gap_descent", alpha = 0.1}}
+    policy = {name = "above_gradient_norm", lambda_1 = -1.0, lambda_2 = 1.0}
+    base = {name = "adamw", b2 = 0.99}
+    [[perturbation]]
+    name = "subtract_ema"
+    sigma = 1.0
+    decay = 0.9
+    [[perturbation]]
+    name = "steepest_ascent"
+    rho = 0.1
+
+`Run` holds what a run needs and is the place to start your own from: it starts, trains an epoch,
+evaluates. `fit` adds the files: metrics as CSV (and for TensorBoard, when tensorboardX or PyTorch
+is installed), learning curves as PNG, a checkpoint after every epoch. A resumed run is
+bit-identical to one that was never stopped: every random number is a function of the seed and the
+step alone.
+
+On an accelerator an epoch is one program, a ``lax.scan`` over a data set that stays on the device.
+On a CPU it is a Python loop over steps: XLA's CPU backend is tens of times slower at convolutions
+inside a loop or a ``cond``, and a policy that skips the second gradient is then asked on the host.
+
+All visible devices train together on shares of the batch (``jit`` with a sharded batch). Gradients
+and batch statistics are then those of the whole batch, and so is the perturbation: to ascend along
+the gradients of parts of it, m-sharpness, pass ``--groups``; it does not depend on the devices.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import _data
+import _methods
+import _models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sam_optax import diagnostics
+from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradient_step
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+def _setting(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; the command line and TOML files use these names."""
+
+    dataset: str = _setting("digits", "which data", choices=_data.NAMES)
+    data_dir: str | None = _setting(None, "directory with the data set's files", type=str)
+    subset: int = _setting(0, "number of training examples to use; 0: all")
+    validation: float = _setting(0.0, "share of the training set held out for validation")
+    label_noise: float = _setting(0.0, "share of training labels drawn anew")
+    noise_kind: str = _setting(
+        "other", "from the other classes, or from any", choices=("other", "any")
+    )
+    augment: tuple[str, ...] = _setting((), "crop, flip, cutout", type=str)
+    cutout_size: int = _setting(16, "side of the hole, in pixels")
+    label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
+
+    model: str = _setting("mlp", "; ".join(_models.NAMES))
+    width: float = _setting(1.0, "factor on the model's numbers of channels")
+    dtype: str = _setting("float32", "of the computation", choices=("float32", "bfloat16"))
+
+    method: str = _setting("sam", ", ".join((*_methods.METHODS, "composition")))
+    options: dict = dataclasses.field(default_factory=dict)
+    # Of a composition: a table or a list of tables, a table, a table.
+    perturbation: Any = None
+    surrogate: Any = None
+    policy: Any = None
+    base: Any = dataclasses.field(
+        default="sgd",
+        metadata={"help": "an optimizer of Optax; in TOML, a table with arguments", "type": str},
+    )
+    momentum: float = _setting(0.9, "of sgd")
+    weight_decay: float = _setting(5e-4, "on all parameters, inside the base optimizer")
+    clip_norm: float = _setting(0.0, "largest norm of what the base optimizer sees; 0: none")
+    groups: int = _setting(1, "parts of the batch with a perturbation of their own")
+    microbatches: int = _setting(1, "parts of the batch that are computed one after the other")
+
+    learning_rate: float = _setting(0.1, "peak")
+    schedule: str = _setting("cosine", "of the learning rate", choices=("cosine", "constant"))
+    warmup_epochs: float = _setting(0.0, "epochs of linear warm-up from 0")
+    epochs: int = _setting(20, "passes over the training set")
+    batch_size: int = _setting(128, "examples per step; what is left over waits for the next epoch")
+    seed: int = _setting(0, "of everything random")
+
+    hessian_examples: int = _setting(0, "training examples for lambda_max; 0: not computed")
+    devices: int = _setting(0, "number of devices; 0: all")
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> "Config":
+        """From a dictionary; what is no field is an option of the method.
+
+        Raises:
+            ValueError: something in it is neither, or has the wrong type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = {k: v for k, v in settings.items() if k in fields and k != "options"}
+        options = {k: v for k, v in settings.items() if k not in fields}
+        options = {**settings.get("options", {}), **options}
+        for name, value in known.items():
+            kind = type(fields[name].default)
+            if kind in (int, float, str) and name not in ("base", "data_dir"):
+                right = isinstance(value, int | float) if kind is float else type(value) is kind
+                if not right:
+                    raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+            if kind is float:
+                known[name] = float(value)
+        if "augment" in known:
+            known["augment"] = tuple(known["augment"])
+        config = cls(**known, options=options)
+        _methods.check_options(config.method, options)
+        return config
+
+    def load(self) -> _data.Dataset:
+        """The data set."""
+        return _data.load(
+            self.dataset,
+            self.data_dir,
+            subset=self.subset,
+            validation=self.validation,
+            label_noise=self.label_noise,
+            noise_kind=self.noise_kind,
+            seed=self.seed,
+        )
+
+    def optimizer(self, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+        """The method around its base optimizer."""
+        total = self.epochs * steps_per_epoch
+        setting = _methods.Setting(
+            self.learning_rate_schedule(steps_per_epoch),
+            self.learning_rate,
+            total,
+            jax.random.key(self.seed + 1),
+        )
+        base = self.base
+        if base == "sgd":
+            base = {"name": "sgd", "momentum": self.momentum or None}
+        base = _methods.base_optimizer(base, setting, self.weight_decay, self.clip_norm)
+        if self.method == "composition":
+            return _methods.composition(
+                self.perturbation, self.surrogate, self.policy, base, setting
+            )
+        return _methods.optimizer(self.method, self.options, base, setting)
+
+    def learning_rate_schedule(self, steps_per_epoch: int) -> optax.Schedule:
+        """The learning rate by step."""
+        warm = round(self.warmup_epochs * steps_per_epoch)
+        left = max(1, self.epochs * steps_per_epoch - warm)
+        peak = self.learning_rate
+        after = (
+            optax.constant_schedule(peak)
+            if self.schedule == "constant"
+            else optax.cosine_decay_schedule(peak, left)
+        )
+        if not warm:
+            return after
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """All that training changes: parameters, running statistics, the optimizer's state."""
+
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+_SCALARS = (
+    "loss",
+    "perturbed_loss",
+    "grad_norm",
+    "perturbed_grad_norm",
+    "perturbation_norm",
+    "cosine",
+    "ascended",
+)
+
+
+# Programs that do not depend on the method: runs alike share them.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _batch(augment, sharding, key, images, labels, index, count):
+    """Augmented images and labels of a step, shared out over the devices."""
+    here = augment(jax.random.fold_in(key, count), images[index])
+    return jax.lax.with_sharding_constraint((here, labels[index]), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _order(num_examples, steps, batch_size, key, epoch):
+    """The training examples of an epoch, ``[steps, batch_size]``."""
+    shuffle = jax.random.permutation(jax.random.fold_in(key, -1 - epoch), num_examples)
+    return shuffle[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate(graph, augment, sharding, params, stats, images, labels, index, counts):
+    """Sums of cross-entropy and of right answers over the examples that count."""
+    images = jax.lax.with_sharding_constraint(augment.normalize(images[index]), sharding)
+    logits = nnx.merge(graph, params, stats, copy=True)(images).astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
+    right = jnp.argmax(logits, -1) == labels[index]
+    return jnp.sum(counts * each), jnp.sum(counts * right)
+
+
+class Run:
+    """One training run: data on the devices, the model, the optimizer, and compiled programs.
+
+    Args:
+        config: the settings.
+        data: a data set in place of the one that the settings name.
+        make_step: ``make_step(run) -> step(params, opt_state, stats, images, labels) -> (params,
+            opt_state, StepMetrics)``, in place of the library's steps; pure, not jitted.
+            ``metrics.aux`` holds the new ``stats`` and the batch's ``accuracy``.
+        scan: an epoch as one program; None: where the backend is not the CPU.
+
+    Raises:
+        ValueError, DataError: a setting that cannot be, a data file that is not there.
+    """
+
+    def __init__(  # noqa: D107
+        self,
+        config: Config,
+        data: _data.Dataset | None = None,
+        make_step: Callable[["Run"], Callable] | None = None,
+        scan: bool | None = None,
+    ):
+        self.config = config
+        self.data = data = config.load() if data is None else data
+        self.num_train = len(data.train.labels)
+        self.steps_per_epoch = self.num_train // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"a batch of {config.batch_size} needs more than the {self.num_train} training "
+                "examples; lower batch_size"
+            )
+        devices = jax.devices()[: config.devices or None]
+        if config.batch_size % len(devices):
+            raise ValueError(
+                f"a batch of {config.batch_size} cannot be shared by {len(devices)} devices; "
+                "choose a multiple, or fewer devices"
+            )
+        mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self._shared = NamedSharding(mesh, PartitionSpec("batch"))
+        self._key = jax.random.key(config.seed + 2)
+        self.scan = jax.default_backend() != "cpu" if scan is None else scan
+
+        self._build_model(config, data)
+        self.tx = config.optimizer(self.steps_per_epoch)
+        self.learning_rate = config.learning_rate_schedule(self.steps_per_epoch)
+        self.augment = _data.augmentation(data.train, config.augment, config.cutout_size)
+        self.splits = {
+            name: jax.device_put(tuple(getattr(data, name)), self.everywhere)
+            for name in ("train", "validation", "test")
+        }
+        self._compile(make_step)
+
+    def _build_model(self, config, data):
+        shape = data.train.images.shape[1:]
+        build = functools.partial(
+            _models.build, config.model, shape, data.num_classes, width=config.width
+        )
+        model = build(rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
+        self.graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
+        self.num_parameters = _models.num_parameters(model)
+        model.eval()
+        self.eval_graph = nnx.split(model)[0]
+        # Curvature is computed in float32, whatever the training was.
+        exact = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+        exact.eval()
+        self.exact_graph = nnx.split(exact)[0]
+
+    def losses(self, params, stats, images, labels):
+        """Cross-entropy of each example in training mode, new statistics, and accuracy."""
+        model = nnx.merge(self.graph, params, stats, copy=True)
+        logits = model(images).astype(jnp.float32)
+        targets = jax.nn.one_hot(labels, self.data.num_classes)
+        targets = optax.smooth_labels(targets, self.config.label_smoothing)
+        each = optax.softmax_cross_entropy(logits, targets)
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+        stats = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+        return each, {"stats": stats, "accuracy": accuracy}
+
+    def mean_loss(self, params, stats, images, labels):
+        """The mean of `losses`."""
+        each, aux = self.losses(params, stats, images, labels)
+        return jnp.mean(each), aux
+
+    def _compile(self, make_step):
+        config, on_host = self.config, not self.scan
+        shared = {"has_aux": True, "batch_argnums": (1, 2), "num_groups": config.groups}
+        if make_step is not None:
+            step = make_step(self)
+        elif config.method in _methods.STEP_OPTIONS:
+            share = _methods.STEP_OPTIONS[config.method] | config.options
+            select = esam_step if config.method == "esam" else ksam_step
+            step = select(self.losses, self.tx, gamma=share["gamma"], **shared)
+        else:
+            build = (
+                functools.partial(host_dispatched, donate=True) if on_host else two_gradient_step
+            )
+            step = build(self.mean_loss, self.tx, num_microbatches=config.microbatches, **shared)
+            on_host = False  # `host_dispatched` jits inside.
+        if on_host:
+            step = jax.jit(step, donate_argnums=(0, 1))
+
+        def advance(state, images, labels):
+            params, opt_state, metrics = step(
+                state.params, state.opt_state, state.stats, images, labels
+            )
+            scalars = {name: getattr(metrics, name) for name in _SCALARS}
+            scalars["accuracy"] = metrics.aux["accuracy"]
+            return State(params, metrics.aux["stats"], opt_state), scalars
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def whole_epoch(state, images, labels, index, first):
+            def body(state, item):
+                here, count = item
+                batch = _batch(self.augment, self._shared, self._key, images, labels, here, count)
+                return advance(state, *batch)
+
+            return jax.lax.scan(body, state, (index, first + jnp.arange(len(index))))
+
+        self._advance, self._whole_epoch = advance, whole_epoch
+
+    def start(self) -> State:
+        """The state before the first step."""
+        params, stats = map(nnx.as_pure, (self._params, self._stats))
+        # A copy: `epoch` donates the state, and a run may start more than once.
+        state = jax.tree.map(jnp.copy, State(params, stats, self.tx.init(params)))
+        return jax.device_put(state, self.everywhere)
+
+    def batch(self, index: Any, count: Any = 0) -> tuple[jax.Array, jax.Array]:
+        """Augmented training images and their labels, by position; ``count`` is the step."""
+        images, labels = self.splits["train"]
+        index = jnp.asarray(index)
+        return _batch(self.augment, self._shared, self._key, images, labels, index, count)
+
+    def epoch(
+        self, state: State, epoch: int, on_step: Callable[[int, dict], None] = lambda i, s: None
+    ) -> tuple[State, dict[str, np.ndarray]]:
+        """Train for an epoch.
+
+        Args:
+            state: the state before it; its memory is used again.
+            epoch: counted from 0; it decides the order and the augmentation.
+            on_step: called with a step's number in the epoch and its scalars, while the loop runs;
+                an epoch that is one program calls nothing.
+
+        Returns:
+            The new state, and per step: the fields of `StepMetrics` that are numbers, and the
+            batch's accuracy.
+        """
+        sizes = (self.num_train, self.steps_per_epoch, self.config.batch_size)
+        index, first = _order(*sizes, self._key, epoch), epoch * self.steps_per_epoch
+        if self.scan:
+            state, scalars = self._whole_epoch(state, *self.splits["train"], index, first)
+            return state, jax.device_get(scalars)
+        rows = []
+        for i, here in enumerate(np.asarray(index)):
+            state, scalars = self._advance(state, *self.batch(here, first + i))
+            rows.append(scalars)
+            on_step(i, scalars)
+        rows = jax.device_get(rows)
+        return state, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def evaluate(self, state: State, split: str) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy on ``train``, ``validation`` or ``test``."""
+        images, labels = self.splits[split]
+        n = len(labels)
+        if not n:
+            return float("nan"), float("nan")
+        size = -(-min(n, 1000) // self.config.batch_size) * self.config.batch_size
+        where, sums = (self.eval_graph, self.augment, self._shared), []
+        for first in range(0, n, size):
+            at = np.arange(first, first + size)
+            batch = (images, labels, np.minimum(at, n - 1), at < n)
+            sums.append(_evaluate(*where, state.params, state.stats, *batch))
+        total = np.sum(jax.device_get(sums), axis=0)
+        return float(total[0] / n), float(total[1] / n)
+
+    def train_loss(self, state: State, index: Any) -> Callable[[Any], jax.Array]:
+        """The loss on some training examples as a function of the parameters.
+
+        In float32, without augmentation, with the running statistics of batch normalization.
+        """
+        images, labels = (x[jnp.asarray(index)] for x in self.splits["train"])
+
+        def loss(params):
+            model = nnx.merge(self.exact_graph, params, state.stats, copy=True)
+            logits = model(self.augment.normalize(images))
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(each)
+
+        return loss
+
+    def lambda_max(self, state: State, num_iters: int = 32) -> float:
+        """The largest eigenvalue of the Hessian of `train_loss` on ``hessian_examples``."""
+        count = min(self.config.hessian_examples, self.num_train)
+        loss, key = self.train_loss(state, np.arange(count)), jax.random.key(0)
+        params = state.params
+        convolves = any(jnp.ndim(x) == 4 for x in jax.tree.leaves(params))
+        if jax.default_backend() != "cpu" or not convolves:
+            top = jax.jit(
+                lambda p: diagnostics.hessian_top_eigenvalues(loss, p, key, num_iters=num_iters)
+            )
+            return float(top(params)[0])
+        return power_iteration(loss, params, key, num_iters)
+
+
+def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int) -> float:
+    """The Hessian's eigenvalue of largest size, as a Python loop: for convolutions on a CPU.
+
+    At the end of training it is the largest one.
+    """
+    product = jax.jit(lambda v: diagnostics.hessian_vector_product(loss, params, v))
+    vector, value = optax.tree.random_like(key, params, jax.random.normal), 0.0
+    for _ in range(num_iters):
+        vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
+        after = product(vector)
+        value, vector = float(jnp.asarray(optax.tree.vdot(vector, after))), after
+    return value
+
+
+# --- Files and screen -----------------------------------------------------------------------------
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is not NaN: fields of the second gradient, over steps that ascended."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _summary(steps: dict[str, np.ndarray]) -> dict[str, float]:
+    """An epoch's row of metrics, from its steps."""
+    g, gp, cosine = steps["grad_norm"], steps["perturbed_grad_norm"], steps["cosine"]
+    return {
+        "train_loss": float(np.mean(steps["loss"])),
+        "train_accuracy": float(np.mean(steps["accuracy"])),
+        "perturbed_loss": _mean(steps["perturbed_loss"]),
+        "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"]),
+        "percent_sam": 100 * float(np.mean(steps["ascended"])),
+        "grad_norm": float(np.mean(g)),
+        "squared_grad_norm": float(np.mean(np.square(g))),
+        "perturbed_grad_norm": _mean(gp),
+        "perturbation_norm": float(np.mean(steps["perturbation_norm"])),
+        "cosine": _mean(cosine),
+        "norm_ratio": _mean(g / np.where(gp > 0, gp, np.nan)),
+        "alignment": _mean(cosine * g * gp - np.square(g)),
+    }
+
+
+def _checkpoints(out: pathlib.Path, every: int):
+    import orbax.checkpoint as ocp
+
+    # Written before the next epoch starts: a run that is killed loses one epoch at most.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, save_interval_steps=every, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager((out / "checkpoints").absolute(), options=options)
+
+
+def _restore(manager: Any, epoch: int, state: State) -> tuple[State, list[dict]]:
+    import orbax.checkpoint as ocp
+
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    found = manager.restore(
+        epoch,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
+        ),
+    )
+    return found.state, found.history["rows"]
+
+
+def _save(manager: Any, epoch: int, state: State, history: list[dict], last: bool) -> None:
+    import orbax.checkpoint as ocp
+
+    manager.save(
+        epoch,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), history=ocp.args.JsonSave({"rows": history})
+        ),
+        force=last,
+    )
+
+
+def _scalars_only(row: dict) -> dict:
+    return {k: v for k, v in row.items() if isinstance(v, int | float)}
+
+
+def _write_csv(path: pathlib.Path, history: list[dict]) -> None:
+    rows = [_scalars_only(row) for row in history]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_curves(path: pathlib.Path, history: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = {
+        "loss": ("train_loss", "perturbed_loss", "validation_loss", "test_loss"),
+        "accuracy": ("train_accuracy", "validation_accuracy", "test_accuracy"),
+        "gradient norm": ("grad_norm", "perturbed_grad_norm"),
+    }
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            values = [row.get(name, float("nan")) for row in history]
+            if not np.all(np.isnan(values)):
+                axes.plot(range(1, len(values) + 1), values, label=name.replace("_", " "))
+        axes.set(title=title, xlabel="epoch")
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def _tensorboard(out: pathlib.Path) -> Any:
+    """A writer, where a package for it is installed; else None."""
+    for package in ("tensorboardX", "torch.utils.tensorboard"):
+        try:
+            module = __import__(package, fromlist=["SummaryWriter"])
+        except ImportError:
+            continue
+        return module.SummaryWriter(str(out / "tensorboard"))
+    return None
+
+
+def _progress(console: Console, show: bool) -> Progress:
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  acc {task.fields[accuracy]:.3f}"),
+        TextColumn("SAM {task.fields[percent_sam]:.0f}%"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (show and console.is_terminal),
+        transient=True,
+    )
+
+
+def check_directory(out: pathlib.Path, config: Config, resume: bool) -> None:
+    """Raise ValueError where a directory holds a run that these settings cannot go on with."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a run; pass --resume to go on with it")
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in now:
+        if name not in ("data_dir", "devices") and before.get(name) != now[name]:
+            raise ValueError(
+                f"{out} was run with {name} = {before.get(name)!r}, not {now[name]!r}; resume with "
+                "the same settings, or choose another --out"
+            )
+
+
+def fit(
+    config: Config,
+    out: str | pathlib.Path | None = None,
+    *,
+    resume: bool = False,
+    run: Run | None = None,
+    on_epoch: Callable[[Run, State, int], dict] | None = None,
+    checkpoint_every: int = 1,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Train, evaluate after every epoch, write files, and report.
+
+    Args:
+        config: the settings.
+        out: directory for ``config.json``, ``metrics.csv``, ``curves.png``, ``checkpoints``,
+            ``report.json`` and TensorBoard's files; None: nothing is written.
+        resume: go on from the last checkpoint in ``out``, if there is one.
+        run: a `Run` in place of ``Run(config)``.
+        on_epoch: ``(run, state, epochs done) -> dict``, after every epoch; what it returns joins
+            the metrics, lists included.
+        checkpoint_every: epochs from one checkpoint to the next.
+        show: whether to print progress.
+
+    Returns:
+        The report: ``test_accuracy`` and others at the end, ``best_test_accuracy``, ``lambda_max``,
+        ``seconds_per_epoch`` (median, without compiling), ``percent_sam``, and ``history``, a
+        dictionary per epoch.
+
+    Raises:
+        ValueError: ``out`` holds a run and ``resume`` is False, or that run had other settings.
+    """
+    console = Console(stderr=True)
+    run = Run(config) if run is None else run
+    state, history, manager, board = run.start(), [], None, None
+    if out is not None:
+        out = pathlib.Path(out)
+        check_directory(out, config, resume)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        manager, board = _checkpoints(out, checkpoint_every), _tensorboard(out)
+        if (done := manager.latest_step()) is not None:
+            state, history = _restore(manager, done, state)
+            if show:
+                console.print(f"resumed after epoch {done}")
+    before = len(history)
+
+    with _progress(console, show) as progress:
+        bar = progress.add_task(
+            "", total=run.steps_per_epoch * config.epochs, completed=before * run.steps_per_epoch,
+            epoch=f"{before + 1}/{config.epochs}", loss=np.nan, accuracy=np.nan, percent_sam=0.0,
+        )  # fmt: skip
+        for epoch in range(before, config.epochs):
+
+            def on_step(i, scalars, epoch=epoch):
+                if not progress.disable and i % 10 == 0:
+                    progress.update(
+                        bar,
+                        completed=epoch * run.steps_per_epoch + i,
+                        loss=float(scalars["loss"]),
+                        accuracy=float(scalars["accuracy"]),
+                    )
+
+            began = time.perf_counter()
+            state, steps = run.epoch(state, epoch, on_step)
+            row: dict[str, Any] = {"epoch": epoch + 1, **_summary(steps)}
+            row["seconds"] = time.perf_counter() - began
+            last_step = (epoch + 1) * run.steps_per_epoch - 1
+            row["learning_rate"] = float(jnp.asarray(run.learning_rate(last_step)))
+            for split in ("validation", "test"):
+                row[f"{split}_loss"], row[f"{split}_accuracy"] = run.evaluate(state, split)
+            if on_epoch is not None:
+                row |= on_epoch(run, state, epoch + 1)
+            history.append(row)
+            progress.update(
+                bar,
+                completed=(epoch + 1) * run.steps_per_epoch,
+                epoch=f"{min(epoch + 2, config.epochs)}/{config.epochs}",
+                loss=row["train_loss"],
+                accuracy=row["train_accuracy"],
+                percent_sam=row["percent_sam"],
+            )
+            if show and not console.is_terminal:
+                console.print(
+                    f"epoch {epoch + 1}/{config.epochs}  loss {row['train_loss']:.4f}  "
+                    f"train {row['train_accuracy']:.4f}  test {row['test_accuracy']:.4f}  "
+                    f"SAM {row['percent_sam']:.0f}%  {row['seconds']:.2f} s",
+                    highlight=False,
+                )
+            if out is not None:
+                _write_csv(out / "metrics.csv", history)
+                _save(manager, epoch + 1, state, history, epoch + 1 == config.epochs)
+            if board is not None:
+                for name, value in _scalars_only(row).items():
+                    board.add_scalar(name, value, epoch + 1)
+
+    report = _report(run, state, history, before)
+    if out is not None:
+        _write_curves(out / "curves.png", history)
+        (out / "report.json").write_text(json.dumps(report, indent=1))
+    if manager is not None:
+        manager.close()
+    if board is not None:
+        board.close()
+    return report
+
+
+def _report(run: Run, state: State, history: list[dict], before: int) -> dict[str, Any]:
+    last, config = history[-1], run.config
+    train_loss, train_accuracy = run.evaluate(state, "train")
+    # The first epoch of this process compiles.
+    timed = [row["seconds"] for row in history[before + 1 :] or history[-1:]]
+    held_out = len(run.data.validation.labels) > 0
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "num_parameters": run.num_parameters,
+        "test_accuracy": last["test_accuracy"],
+        "best_test_accuracy": max(row["test_accuracy"] for row in history),
+        "test_loss": last["test_loss"],
+        "validation_accuracy": last["validation_accuracy"] if held_out else None,
+        "train_accuracy": train_accuracy,
+        "train_loss": train_loss,
+        "lambda_max": run.lambda_max(state) if config.hessian_examples else None,
+        "seconds_per_epoch": statistics.median(timed),
+        "percent_sam": statistics.fmean(row["percent_sam"] for row in history),
+        "devices": f"{len(run.everywhere.device_set)} x {jax.devices()[0].device_kind}",
+        "history": history,
+    }
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def _option_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every option of every method, with the methods that take it."""
+    takers: dict[str, list[str]] = {}
+    for method in _methods.METHODS:
+        for name, default in _methods.options_of(method).items():
+            if name != "adaptive_mask":
+                takers.setdefault(name, []).append(f"{method} ({default})")
+    group = parser.add_argument_group("options of the methods (and their defaults)")
+    kinds = {"k": int, "ema": str}
+    for name, methods in takers.items():
+        flag = "--" + name.replace("_", "-")
+        kind = kinds.get(name, float)
+        group.add_argument(flag, type=kind, default=None, dest=name, help=", ".join(methods))
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, rest = str(__doc__).split("\n", 1)
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="TOML file; the command line overrides it")
+    parser.add_argument("--out", help="directory for metrics, curves and checkpoints; else none")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--checkpoint-every", type=int, default=1, metavar="EPOCHS")
+    parser.add_argument("--seeds", type=int, nargs="+", help="several runs, in place of --seed")
+    parser.add_argument(
+        "--tune",
+        nargs="+",
+        metavar=("OPTION", "VALUE"),
+        help="one run per value of an option, ranked by validation accuracy (needs --validation)",
+    )
+    group = parser.add_argument_group("settings (and their defaults)")
+    for field in dataclasses.fields(Config):
+        if field.name in ("options", "perturbation", "surrogate", "policy"):
+            continue
+        more = dict(field.metadata)
+        text = f"{more.pop('help')} ({field.default})".replace("%", "%%")
+        kind = more.pop("type", type(field.default))
+        if field.name == "augment":
+            more["nargs"] = "*"
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, type=kind, default=None, dest=field.name, help=text, **more)
+    _option_flags(parser)
+    return parser
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The file's settings under those of the command line."""
+    settings: dict[str, Any] = {}
+    if args.config:
+        try:
+            settings = tomllib.loads(pathlib.Path(args.config).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"--config {args.config}: {error}") from None
+    ours = ("config", "out", "resume", "checkpoint_every", "seeds", "tune")
+    given = {k: v for k, v in vars(args).items() if k not in ours and v is not None}
+    if given.get("method", settings.get("method")) != settings.get("method"):
+        # Another method than the file's: its options are not meant for this one.
+        fields = {field.name for field in dataclasses.fields(Config)} - {"options"}
+        settings = {k: v for k, v in settings.items() if k in fields}
+    return settings | given
+
+
+def _value(text: str) -> Any:
+    """A number where it is one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
+    """The runs that the command line asks for, by name."""
+    settings = _settings(args)
+    seeds = [settings.get("seed", 0)] if args.seeds is None else args.seeds
+    if not args.tune:
+        return [(f"seed {s}", Config.read(settings | {"seed": s})) for s in seeds]
+    option, *values = args.tune
+    if not settings.get("validation"):
+        raise ValueError("--tune ranks by validation accuracy; pass --validation 0.1")
+    if not values:
+        raise ValueError("--tune takes an option and its values: --tune rho 0.05 0.1 0.2")
+    return [
+        (f"{option} {v}, seed {s}", Config.read(settings | {option: _value(v), "seed": s}))
+        for v in values
+        for s in seeds
+    ]
+
+
+def _show(console: Console, reports: dict[str, dict]) -> None:
+    rows = {
+        "test accuracy": ("test_accuracy", "{:.4f}"),
+        "best test accuracy": ("best_test_accuracy", "{:.4f}"),
+        "validation accuracy": ("validation_accuracy", "{:.4f}"),
+        "train accuracy": ("train_accuracy", "{:.4f}"),
+        "train loss": ("train_loss", "{:.4f}"),
+        "lambda_max": ("lambda_max", "{:.3f}"),
+        "seconds per epoch": ("seconds_per_epoch", "{:.3f}"),
+        "%SAM": ("percent_sam", "{:.1f}"),
+    }
+    table = Table("", *reports, *(["mean", "std"] if len(reports) > 1 else []))
+    for title, (name, form) in rows.items():
+        values = [report[name] for report in reports.values()]
+        if any(value is None for value in values):
+            continue
+        more = [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else []
+        table.add_row(title, *(form.format(value) for value in [*values, *more]))
+    console.print(table)
+
+
+def _complain(parser: argparse.ArgumentParser, error: ValueError) -> int:
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns an exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    console, reports = Console(), {}
+    try:
+        variants = _variants(args)
+    except ValueError as error:
+        return _complain(parser, error)
+    for name, config in variants:
+        out = args.out and pathlib.Path(args.out)
+        if out and len(variants) > 1:
+            out /= name.replace(", ", "-").replace(" ", "-")
+        try:
+            if out:
+                check_directory(out, config, args.resume)
+            run = Run(config)
+        except ValueError as error:
+            return _complain(parser, error)
+        every = args.checkpoint_every
+        reports[name] = fit(config, out, resume=args.resume, run=run, checkpoint_every=every)
+    _show(console, reports)
+    if args.tune:
+        scores: dict[str, list[float]] = {}
+        for name, report in reports.items():
+            scores.setdefault(name.split(",")[0], []).append(report["validation_accuracy"])
+        best = max(scores, key=lambda name: statistics.fmean(scores[name]))
+        console.print(f"best by validation accuracy: {best}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The experiments of examples/reproduce.py: their data, and the parts that are theirs alone."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reproduce
+import train
+from jax.flatten_util import ravel_pytree
+from rich.console import Console
+
+
+def job_of(name, scale="smoke", store="unused", **changes):
+    args = reproduce._parser().parse_args([name, "--scale", scale])
+    args.argv = [name]
+    for key, value in changes.items():
+        setattr(args, key, value)
+    experiment = reproduce.SETTINGS[name]
+    settings = reproduce.SCALES[scale] | experiment.get(scale, {})
+    return reproduce.Job(name, experiment, settings, args, pathlib.Path(store), Console(quiet=True))
+
+
+# By paper.
+EXPERIMENTS = {
+    "wsam": "table2 table6 table7 table8 table9 fig3",
+    "aesam": "table1 table3 table4 fig2 fig3 fig4 fig5 fig7",
+    "stablesam": "fig1 fig3 fig4 fig5 fig6 fig7 table2 table4",
+    "fsam": "fig1 fig2 fig3 fig4 table1 table2 table3 table6",
+}
+
+
+def test_every_table_and_figure_is_there():
+    names = {f"{paper}-{x}" for paper, list_ in EXPERIMENTS.items() for x in list_.split()}
+    assert names == set(reproduce.SETTINGS) - {"digits-noise", "cifar10-methods"}
+    for name, experiment in reproduce.SETTINGS.items():
+        assert experiment["title"] and experiment["source"], name
+        assert experiment.get("kind", "table") in reproduce.KINDS
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_every_cell_is_a_run(scale):
+    """All settings of all rows are settings of the trainer, and options of their methods."""
+    total = 0
+    for name, experiment in reproduce.SETTINGS.items():
+        if "blocks" not in experiment:
+            continue
+        job = job_of(name, scale)
+        cells = reproduce.cells(job)
+        total += len(cells)
+        assert len({(cell.block, cell.label) for cell in cells}) == len(cells)
+        for cell in cells:
+            config = reproduce.config_of(cell, 0, job)
+            config.optimizer(steps_per_epoch=4)
+            assert config.batch_size % 8 == 0
+            examples = config.subset or 50_000
+            assert config.batch_size <= examples * (1 - config.validation)
+    assert total > (400 if scale != "smoke" else 90)
+
+
+def test_scales():
+    paper, short, smoke = (reproduce.cells(job_of("wsam-table2", scale)) for scale in
+                           ("paper", "short", "smoke"))  # fmt: skip
+    assert len(paper) == len(short) == 20 and len(smoke) == 5
+    assert [c.settings["epochs"] for c in (paper[0], paper[1], short[0], short[1])] == [
+        400,
+        200,
+        60,
+        30,
+    ]
+    assert (paper[4].settings["gamma"], paper[4].paper) == (0.88, (3.62, 0.10))
+    assert smoke[0].settings["dataset"] == "digits"
+    replaced = job_of("wsam-table2", "short", replace=[("cifar100", "cifar10")], only="CIFAR-100")
+    assert {c.settings["dataset"] for c in reproduce.cells(replaced)} == {"cifar10"}
+    with pytest.raises(
+        reproduce.NoSuchBlock, match=r"no block matches 'x'; there are 'ResNet18, C"
+    ):
+        reproduce.cells(job_of("wsam-table2", only="x"))
+
+
+def test_table_resumes(tmp_path, monkeypatch):
+    """Finished runs are read, not run again; tables share them; the paper is quoted beside."""
+    job = job_of("wsam-table8", store=tmp_path)
+    calls = []
+    monkeypatch.setattr(
+        reproduce.train,
+        "fit",
+        lambda config, **_: (
+            calls.append(config.method)
+            or {"test_accuracy": 0.9, "percent_sam": 100.0, "seconds_per_epoch": 1.0}
+        ),
+    )
+    reproduce.table(job)
+    reproduce.table(job)
+    assert calls == ["sam", "coupled_wsam", "wsam"]
+    text = (tmp_path / "wsam-table8.md").read_text()
+    assert "| SAM | 10.00 | 3.68 ± 0.06 | +6.32 | 100.0 |" in text
+    assert "Scale smoke: digits in place of every data set" in text
+    reproduce.table(job_of("wsam-table2", store=tmp_path))
+    assert calls[3:] == ["base", "esam", "gsam"]  # SAM and WSAM were there
+
+
+@pytest.mark.parametrize("label", ["SAM-full", "SAM-noise"])
+def test_perturbation_along_and_across_the_full_gradient(label):
+    """On the whole training set as "full", the perturbation is checked against a dense one."""
+    cell = next(c for c in reproduce.cells(job_of("fsam-fig1")) if c.label == label)
+    settings = cell.settings | {"augment": [], "epochs": 1, "subset": 64, "batch_size": 16}
+    run = train.Run(train.Config.read(settings), make_step=reproduce.other_ascent(cell))
+    state = run.start()
+    index = np.arange(16)
+    images, labels = run.batch(index)
+    step = reproduce.other_ascent(reproduce.dataclasses.replace(cell, full_examples=64))(run)
+    _, _, metrics = jax.jit(step)(state.params, state.opt_state, state.stats, images, labels)
+    # The same by hand: no batch normalization, so that the full gradient is that of one big batch.
+    everything = (run.augment.normalize(jnp.asarray(run.data.train.images)), run.data.train.labels)
+
+    def gradient(images, labels):
+        g = jax.grad(lambda p: run.mean_loss(p, state.stats, images, labels)[0])(state.params)
+        return ravel_pytree(g)
+
+    full, _ = gradient(*everything)
+    batch, unravel = gradient(images, labels)
+    along = full * (batch @ full) / (full @ full)
+    d = along if label == "SAM-full" else batch - along
+    eps = unravel(0.2 * d / jnp.linalg.norm(d))
+    moved = optax.apply_updates(state.params, eps)
+    expected = run.mean_loss(moved, state.stats, images, labels)[0]
+    np.testing.assert_allclose(metrics.perturbed_loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics.perturbation_norm, 0.2, rtol=1e-4)
+
+
+def test_batches_beyond_the_batch(tmp_path):
+    """SAM-db and the larger batches train; the second gradient is that of the batch itself."""
+    cells = [c for c in reproduce.cells(job_of("fsam-fig2")) if c.label in ("SAM-db", "k = 2")]
+    reports = [reproduce.obtain(c, 0, job_of("fsam-fig2", store=tmp_path)) for c in cells]
+    losses = [report["history"][0]["perturbed_loss"] for report in reports]
+    assert np.all(np.isfinite(losses)) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", ["aesam-fig3", "stablesam-fig5", "aesam-fig7"])
+def test_figures(name, tmp_path):
+    job = job_of(name, store=tmp_path)
+    reproduce.KINDS[job.experiment["kind"]](job)
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / f"{name}.md").exists()
+
+
+def test_command_line(capsys, tmp_path):
+    assert reproduce.main(["list"]) == 0
+    assert "wsam-table2      WSAM, Table 2" in capsys.readouterr().out
+    argv = ["wsam-table6", "--scale", "paper", "--results", str(tmp_path)]
+    assert reproduce.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "reproduce.py wsam-table6: error: cifar10: pass --data-dir, the directory that holds "
+        "cifar-10-batches-bin/data_batch_1.bin\n"
+    )
