@@ -51,7 +51,7 @@ class Magnitude(NamedTuple):
         return jnp.where(empty, 0, self.unit * jnp.sqrt(jnp.where(empty, 1, self.square)))
 
 
-def _products(a: Any, b: Any, unit_a: Any, unit_b: Any) -> jax.Array:
+def _product(a: Any, b: Any, unit_a: Any, unit_b: Any) -> jax.Array:
     """Inner product of ``a / unit_a`` and ``b / unit_b``."""
     dtype = accumulator(a, b)
 
@@ -63,39 +63,51 @@ def _products(a: Any, b: Any, unit_a: Any, unit_b: Any) -> jax.Array:
     return functools.reduce(operator.add, [product(x, y) for x, y in pairs], jnp.zeros((), dtype))
 
 
-def _rescaled(units: tuple, usual: jax.Array, rescale: Callable[[], jax.Array]) -> jax.Array:
-    """``rescale()``, which is ``usual`` where all units are 1."""
+def _products(form: Callable[[], tuple], units: Any) -> tuple[jax.Array, ...]:
+    """The squares of the trees that ``form()`` gives, then the inner product of the first two."""
+    # Formed here, a tree is never an array that a branch would have to be handed.
+    trees = form()
+    pairs = [(i, i) for i in range(len(trees))] + [(0, 1)][: len(trees) - 1]
+    return tuple(_product(trees[i], trees[j], units[i], units[j]) for i, j in pairs)
+
+
+def _rescaled(rare: Any, rescale: Callable[[], tuple], usual: tuple) -> tuple:
+    """``rescale()``, which is ``usual`` unless ``rare``."""
     # On a CPU, a branch saves a pass over memory. An accelerator would wait for the host.
-    rare = functools.reduce(operator.or_, [unit != 1 for unit in units])
     return jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(rare, rescale, lambda: usual), default=rescale
     )
 
 
-def magnitude_of(form: Callable[[], Any]) -> Magnitude:
-    """L2 norm over all leaves of ``form()``, safe against under- and overflow of the squares.
+def gram(form: Callable[[], tuple]) -> tuple[list[Magnitude], jax.Array]:
+    """L2 norms of one or two trees, safe against under- and overflow of the squares, and the inner
+    product of both, divided by their units (of one: its square).
 
-    The sum of squares is taken as it is, which one pass does, unless it is infinite or so small
-    that squares may have been lost: then elements are divided by a power of two before.
+    Sums are taken as they are, which one pass does, unless a sum of squares is infinite or so small
+    that squares may have been lost: then that tree's elements are divided by a power of two before.
     """
-    dtype = accumulator(jax.eval_shape(form))
-    exponent = jnp.finfo(dtype).maxexp
-    large, small, least = (2.0 ** (share * exponent) for share in (3 / 4, -3 / 4, -9 / 16))
+    plain = _products(form, (1, 1))
+    count = max(1, len(plain) - 1)
 
-    def squares(unit):
-        # Formed here, the tree is never an array that a branch would have to be handed.
-        tree = form()
-        return _products(tree, tree, unit, unit)
+    def unit_of(square):
+        exponent = jnp.finfo(square.dtype).maxexp
+        large, small, least = (2.0 ** (share * exponent) for share in (3 / 4, -3 / 4, -9 / 16))
+        unit = jnp.where(jnp.isinf(square), large, jnp.where(square < least, small, 1))
+        return unit.astype(square.dtype)
 
-    plain = squares(1)
-    unit = jnp.where(jnp.isinf(plain), large, jnp.where(plain < least, small, 1)).astype(dtype)
-    square = _rescaled((unit,), plain, lambda: squares(unit))
-    return Magnitude(jnp.where(square == 0, 1, unit), square)
+    units = [unit_of(square) for square in plain[:count]]
+    rare = functools.reduce(operator.or_, [unit != 1 for unit in units])
+    found = _rescaled(rare, lambda: _products(form, units), plain)
+    sizes = [
+        Magnitude(jnp.where(square == 0, 1, unit), square)
+        for unit, square in zip(units, found, strict=False)
+    ]
+    return sizes, found[-1]
 
 
 def magnitude(tree: Any) -> Magnitude:
-    """`magnitude_of` a tree that is there."""
-    return magnitude_of(lambda: tree)
+    """L2 norm over all leaves, in float32 at least."""
+    return gram(lambda: (tree,))[0][0]
 
 
 def norm(tree: Any) -> jax.Array:
@@ -105,14 +117,7 @@ def norm(tree: Any) -> jax.Array:
 
 def distance(a: Any, b: Any) -> jax.Array:
     """Norm of ``a - b``, in float32 at least."""
-    return magnitude_of(lambda: jax.tree.map(jnp.subtract, upcast(a), upcast(b))).norm
-
-
-def scaled_vdot(a: Any, b: Any, unit_a: jax.Array, unit_b: jax.Array) -> jax.Array:
-    """Inner product of ``a / unit_a`` and ``b / unit_b``."""
-    return _rescaled(
-        (unit_a, unit_b), _products(a, b, 1, 1), lambda: _products(a, b, unit_a, unit_b)
-    )
+    return gram(lambda: (jax.tree.map(jnp.subtract, upcast(a), upcast(b)),))[0][0].norm
 
 
 def divide(numerator: Any, denominator: Any) -> jax.Array:
@@ -128,17 +133,16 @@ def in_units(quotient: jax.Array, a: Magnitude, b: Magnitude) -> jax.Array:
     return quotient * root * root
 
 
-def cosine(a: Any, b: Any) -> jax.Array:
-    """Cosine of the angle between two trees; 0 if one of them is zero."""
-    size_a, size_b = magnitude(a), magnitude(b)
-    inner = scaled_vdot(a, b, size_a.unit, size_b.unit)
-    return divide(inner, jnp.sqrt(size_a.square) * jnp.sqrt(size_b.square))
+def norms_and_cosine(a: Any, b: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norms of two trees and the cosine of the angle between them; 0 if one of them is zero."""
+    (size_a, size_b), inner = gram(lambda: (a, b))
+    cosine = divide(inner, jnp.sqrt(size_a.square) * jnp.sqrt(size_b.square))
+    return size_a.norm, size_b.norm, cosine
 
 
 def component_along(a: Any, b: Any) -> jax.Array:
     """Coefficient c for which c b is the projection of ``a`` onto ``b``; 0 if b = 0."""
-    size_a, size_b = magnitude(a), magnitude(b)
-    inner = scaled_vdot(a, b, size_a.unit, size_b.unit)
+    (size_a, size_b), inner = gram(lambda: (a, b))
     # Same sums above and below the line: c is exactly 1 when a and b are the same numbers.
     return in_units(divide(inner, size_b.square), size_a, size_b)
 

@@ -24,10 +24,10 @@ from sam_optax._tree import (
     cast_like,
     check_like,
     check_number,
-    cosine,
     distance,
     is_hole,
     norm,
+    norms_and_cosine,
     punch,
     resolve_mask,
     upcast,
@@ -320,11 +320,12 @@ def sharpness_aware(
             measured: dict[str, Any] = {"perturbation_norm": jnp.nan}
             if info:
                 applied = distance(punch(chosen, perturbed), punch(chosen, params))
+                before, after, angle = norms_and_cosine(g, gp)
                 measured = {
-                    "grad_norm": norm(g),
+                    "grad_norm": before,
                     "perturbation_norm": average(applied, axes),
-                    "perturbed_grad_norm": norm(gp),
-                    "cosine": cosine(g, gp),
+                    "perturbed_grad_norm": after,
+                    "cosine": angle,
                 }
             value = average(jnp.asarray(value, dtype), axes)
             numbers = _info(dtype, ascended=True, perturbed_value=value, **measured)
