@@ -51,24 +51,25 @@ class Magnitude(NamedTuple):
         return jnp.where(empty, 0, self.unit * jnp.sqrt(jnp.where(empty, 1, self.square)))
 
 
-def _product(a: Any, b: Any, unit_a: Any, unit_b: Any) -> jax.Array:
-    """Inner product of ``a / unit_a`` and ``b / unit_b``."""
-    dtype = accumulator(a, b)
-
-    def product(x, y):
-        # Quotients: XLA may multiply the factors of a constant first, and overflow.
-        return jnp.sum((jnp.asarray(x, dtype) / unit_a) * (jnp.asarray(y, dtype) / unit_b))
-
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return functools.reduce(operator.add, [product(x, y) for x, y in pairs], jnp.zeros((), dtype))
-
-
-def _products(form: Callable[[], tuple], units: Any) -> tuple[jax.Array, ...]:
+def _products(form: Callable[[], tuple], units: tuple | None = None) -> tuple[jax.Array, ...]:
     """The squares of the trees that ``form()`` gives, then the inner product of the first two."""
     # Formed here, a tree is never an array that a branch would have to be handed.
     trees = form()
-    pairs = [(i, i) for i in range(len(trees))] + [(0, 1)][: len(trees) - 1]
-    return tuple(_product(trees[i], trees[j], units[i], units[j]) for i, j in pairs)
+    dtype = accumulator(trees)
+
+    def prepared(tree, unit):
+        leaves = [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(tree)]
+        # Quotients: XLA may multiply the factors of a constant first, and overflow.
+        return leaves if unit is None else [x / unit for x in leaves]
+
+    def product(a, b):
+        sums = [jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in zip(a, b, strict=True)]
+        # Not a chain of additions: XLA would copy it into the code of every leaf that reads it.
+        return jnp.sum(jnp.array(sums, dtype))
+
+    parts = [prepared(*pair) for pair in zip(trees, units or (None,) * len(trees), strict=True)]
+    pairs = [(part, part) for part in parts] + [tuple(parts)] * (len(parts) - 1)
+    return tuple(product(a, b) for a, b in pairs)
 
 
 def _rescaled(rare: Any, rescale: Callable[[], tuple], usual: tuple) -> tuple:
@@ -86,7 +87,7 @@ def gram(form: Callable[[], tuple]) -> tuple[list[Magnitude], jax.Array]:
     Sums are taken as they are, which one pass does, unless a sum of squares is infinite or so small
     that squares may have been lost: then that tree's elements are divided by a power of two before.
     """
-    plain = _products(form, (1, 1))
+    plain = _products(form)
     count = max(1, len(plain) - 1)
 
     def unit_of(square):
@@ -95,7 +96,7 @@ def gram(form: Callable[[], tuple]) -> tuple[list[Magnitude], jax.Array]:
         unit = jnp.where(jnp.isinf(square), large, jnp.where(square < least, small, 1))
         return unit.astype(square.dtype)
 
-    units = [unit_of(square) for square in plain[:count]]
+    units = tuple(unit_of(square) for square in plain[:count])
     rare = functools.reduce(operator.or_, [unit != 1 for unit in units])
     found = _rescaled(rare, lambda: _products(form, units), plain)
     sizes = [

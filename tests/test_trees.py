@@ -76,21 +76,27 @@ def test_a_mask_is_a_tree_or_a_prefix_or_a_function(row):
     chex.assert_trees_all_equal(*walks)
 
 
-def check_specs(tx, tree):
-    """A step keeps the updates like the parameters and the state as `init` made it."""
-    state = tx.init(tree)
-    updates, after = jax.eval_shape(lambda *args: one_step(tx, *args), tree, state)
-    chex.assert_trees_all_equal_structs(updates, tree)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
-    chex.assert_trees_all_equal(spec(after), spec(state))
+def check_specs(tx, trees):
+    """A step on each keeps the updates like the parameters and the state as `init` made it."""
+
+    def run(trees):
+        states = {name: tx.init(tree) for name, tree in trees.items()}
+        return states, {name: one_step(tx, tree, states[name]) for name, tree in trees.items()}
+
+    states, after = jax.eval_shape(run, trees)
+    for name, tree in trees.items():
+        updates, state = after[name]
+        chex.assert_trees_all_equal_structs(updates, tree)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
+        chex.assert_trees_all_equal(spec(state), spec(states[name]))
+    return states
 
 
 @every_row
 def test_odd_trees(row):
     """Scalars, empty leaves, None, tuples, half precision: structure and dtypes stay."""
     tx = row.build(base())
-    for tree in odd_trees().values():
-        check_specs(tx, tree)
+    check_specs(tx, odd_trees())
     updates, state = jax.jit(lambda tree: one_step(tx, tree))(odd_trees())
     chex.assert_tree_all_finite((updates, state.base, state.perturbation, state.surrogate))
     assert flat(updates).any()
@@ -117,10 +123,11 @@ def test_dtypes(row, float64):
     leaves = {"kernel": jnp.linspace(1.0, 2.0, 6).reshape(2, 3), "bias": jnp.array([-1.0, 3.0])}
     kinds = ("bfloat16", "float16", "float32", "float64")
     mixed = {kind: jax.tree.map(lambda x, kind=kind: x.astype(kind), leaves) for kind in kinds}
-    for tree in (*mixed.values(), {"a": mixed["bfloat16"], "b": mixed["float32"]}, mixed):
-        check_specs(tx, tree)
-        wide = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
-        assert all(x.dtype == wide for x in tx.init(tree).info[1:])
+    halves = {"a": mixed["bfloat16"], "b": mixed["float32"]}
+    trees = mixed | {"halves": halves, "all": dict(mixed)}
+    for name, state in check_specs(tx, trees).items():
+        wide = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(trees[name])))
+        assert all(x.dtype == wide for x in state.info[1:])
     updates, state = jax.jit(lambda tree: one_step(tx, tree))(mixed)
     chex.assert_tree_all_finite((updates, state.base, state.perturbation, state.surrogate))
     assert all(flat(part).any() for part in updates.values())
@@ -187,17 +194,14 @@ def test_gradients_of_any_size(row):
     factors = (1.0, 0.0, 1e-30, 1e-18, 1e18, 1e30)
 
     @jax.jit
-    def run(factors):
-        walks = []
-        for factor in factors:
-            grad_fn = constant(direction, factor)
-            state = tx.init(params)._replace(step=jnp.asarray(6, jnp.int32))
-            across = {"kernel": direction["kernel"], "bias": -direction["bias"]}
-            keywords = {"grad_fn": grad_fn, "direction": across}
-            walks.append(tx.update(grad_fn(params), state, params, **keywords))
-        return walks
+    def run(factor):
+        grad_fn = constant(direction, factor)
+        state = tx.init(params)._replace(step=jnp.asarray(6, jnp.int32))
+        across = {"kernel": direction["kernel"], "bias": -direction["bias"]}
+        keywords = {"grad_fn": grad_fn, "direction": across}
+        return tx.update(grad_fn(params), state, params, **keywords)
 
-    plain, zero, *others = run(factors)
+    plain, zero, *others = map(run, factors)
     chex.assert_tree_all_finite((zero[0], zero[1].base))
     assert not flat(zero[0]).any()
     assert zero[1].info.perturbation_norm == 0
@@ -224,9 +228,8 @@ def test_half_precision_gradients_whose_norm_overflows():
     np.testing.assert_allclose(np.asarray(updates, np.float32), -6.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @every_row
-def test_non_finite_gradients_stay_visible(row, bad):
+def test_non_finite_gradients_stay_visible(row):
     """In the updates; and `apply_if_finite` around it steps over them, state and all."""
     params = {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array([0.25])}
     tx = row.build(base())
@@ -234,24 +237,21 @@ def test_non_finite_gradients_stay_visible(row, bad):
     gradient = jax.grad(bowl)
 
     @jax.jit
-    def run():
-        def step(tx, state, factor):
-            def grad_fn(p):
-                return jax.tree.map(lambda g: g * factor, gradient(p))
+    def step(state, factor):
+        def grad_fn(p):
+            return jax.tree.map(lambda g: g * factor, gradient(p))
 
-            direction = jax.tree.map(jnp.ones_like, params)
-            keywords = {"grad_fn": grad_fn, "direction": direction}
-            return tx.update(grad_fn(params), state, params, **keywords)
+        direction = jax.tree.map(jnp.ones_like, params)
+        keywords = {"grad_fn": grad_fn, "direction": direction}
+        seen, _ = tx.update(grad_fn(params), state.inner_state, params, **keywords)
+        return seen, *guarded.update(grad_fn(params), state, params, **keywords)
 
-        seen, _ = step(tx, tx.init(params), bad)
-        before = step(guarded, guarded.init(params), 1.0)[1]
-        updates, after = step(guarded, before, bad)
-        return seen, updates, before.inner_state, after.inner_state
-
-    seen, updates, before, after = run()
-    assert not np.isfinite(flat(seen)).all()
-    assert not flat(updates).any()
-    chex.assert_trees_all_equal(before, after)
+    before = step(guarded.init(params), 1.0)[2]
+    for bad in (np.nan, np.inf):
+        seen, updates, after = step(before, bad)
+        assert not np.isfinite(flat(seen)).all()
+        assert not flat(updates).any()
+        chex.assert_trees_all_equal(before.inner_state, after.inner_state)
 
 
 def test_what_is_not_chosen_does_not_leak():
