@@ -94,17 +94,16 @@ class Options(NamedTuple):
                 f"{self.function}: `skip_nonfinite` reads the norms of both gradients, but `tx` "
                 "was built with info=False. Leave that out."
             )
-        needs = [
-            name
-            for name, used in (
-                ("num_groups", self.num_groups > 1),
-                ('aux_from="perturbed"', self.aux_from == "perturbed"),
-            )
-            if used
-        ]
-        if needs and not isinstance(tx, SharpnessAware):
+        if self.num_groups > 1:
+            self.check_inside("num_groups", tx)
+        if self.aux_from == "perturbed":
+            self.check_inside('aux_from="perturbed"', tx)
+
+    def check_inside(self, option: str, tx: Any) -> None:
+        """Raise where an option has to look into an optimizer that another one hides."""
+        if not isinstance(tx, SharpnessAware):
             raise TypeError(
-                f"{self.function}: {needs[0]} needs `tx` to be what `sharpness_aware` or a method "
+                f"{self.function}: {option} needs `tx` to be what `sharpness_aware` or a method "
                 "such as `sam` returned, not a transformation around it. Put what follows the "
                 "ascent into its `base`."
             )
@@ -315,7 +314,7 @@ def find_state(opt_state: Any, function: str) -> SharpnessAwareState | None:
 
 
 def device_axes(tx: Any) -> tuple:
-    """The axes over which an optimizer averages."""
+    """The axes over which an optimizer averages; a transformation around it does not tell."""
     return tx.axes if isinstance(tx, SharpnessAware) else ()
 
 
@@ -463,7 +462,9 @@ class Step(NamedTuple):
 
     def run(self, params: Any, opt_state: Any, args: tuple, ascend: Any = None) -> Result:
         """The whole step."""
-        find_state(opt_state, self.options.function)
+        found = find_state(opt_state, self.options.function)
+        if found is not None and self.options.skip_nonfinite:
+            self.options.check_inside("skip_nonfinite", self.tx)
         return self.finish(params, opt_state, args, self.start(params, args), ascend)
 
 

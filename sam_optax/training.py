@@ -106,7 +106,8 @@ def two_gradient_step(
         loss_fn: ``loss_fn(params, *args, **kwargs) -> loss``, or ``(loss, aux)``; pure, and this
             device's own where ``tx`` has an ``axis_name``.
         tx: what `sharpness_aware` or a method returned; a chain around it, or a plain Optax
-            optimizer, will do where no option needs to look inside.
+            optimizer, will do where no option needs to look inside. A chain hides ``axis_name``:
+            ``metrics.loss``, and ``value`` for the optimizer, are then this device's own.
         has_aux, aux_from, num_groups, num_microbatches, batch_argnums, skip_nonfinite: see the
             module's docstring.
 
