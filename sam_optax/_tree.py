@@ -57,19 +57,20 @@ def _products(form: Callable[[], tuple], units: tuple | None = None) -> tuple[ja
     trees = form()
     dtype = accumulator(trees)
 
-    def prepared(tree, unit):
-        leaves = [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(tree)]
-        # Quotients: XLA may multiply the factors of a constant first, and overflow.
-        return leaves if unit is None else [x / unit for x in leaves]
+    def product(i, j, sign):
+        def leaves(k):
+            found = [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(trees[k])]
+            # Quotients: XLA may multiply the factors of a constant first, and overflow.
+            return found if units is None else [x / (sign * units[k]) for x in found]
 
-    def product(a, b):
-        sums = [jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in zip(a, b, strict=True)]
+        pairs = zip(leaves(i), leaves(j), strict=True)
+        sums = [jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in pairs]
         # Not a chain of additions: XLA would copy it into the code of every leaf that reads it.
         return jnp.sum(jnp.array(sums, dtype))
 
-    parts = [prepared(*pair) for pair in zip(trees, units or (None,) * len(trees), strict=True)]
-    pairs = [(part, part) for part in parts] + [tuple(parts)] * (len(parts) - 1)
-    return tuple(product(a, b) for a, b in pairs)
+    squares = [product(i, i, 1) for i in range(len(trees))]
+    # By -1 twice: quotients that XLA found in two sums would be written to memory for both.
+    return *squares, *(product(0, i, -1) for i in range(1, len(trees)))
 
 
 def _rescaled(rare: Any, rescale: Callable[[], tuple], usual: tuple) -> tuple:

@@ -314,12 +314,17 @@ def sharpness_aware(
                 return p if is_hole(e) else cast_like(upcast(p) + e, p)
 
             perturbed = jax.tree.map(shift, eps, params, is_leaf=is_hole)
+            if info:
+                applied = distance(punch(chosen, perturbed), punch(chosen, params))
+                # Only to have it before the second pass, which then need not keep w and w + eps.
+                perturbed = jax.tree.map(
+                    lambda x: jnp.where(applied < jnp.inf, x, jnp.nan).astype(x.dtype), perturbed
+                )
             value, gradient, extra = evaluate_here(perturbed)
             gp = average(gradient, axes)
             direction, moved = surrogate.fresh(g, gp, state.step, state.surrogate)
             measured: dict[str, Any] = {"perturbation_norm": jnp.nan}
             if info:
-                applied = distance(punch(chosen, perturbed), punch(chosen, params))
                 before, after, angle = norms_and_cosine(g, gp)
                 measured = {
                     "grad_norm": before,

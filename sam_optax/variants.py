@@ -277,8 +277,8 @@ def gsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM, and one more inner product.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
+    than SAM with ``info=False``, and one more inner product.
 
     Reduces to: `sam` at ``alpha=0``; ``base`` at ``rho=0``.
 
@@ -342,8 +342,8 @@ def wsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
+    than SAM with ``info=False``.
 
     Reduces to: ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD, `coupled_wsam`.
 
@@ -409,8 +409,8 @@ def coupled_wsam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
+    than SAM with ``info=False``.
 
     Reduces to: `sam` at ``gamma=1/2``; ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD,
     `wsam`.
@@ -755,8 +755,8 @@ def look_sam(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least),
-    replaced on ascents. Within the step, one copy of the parameters more than SAM.
+    Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least), replaced
+    on ascents. Within the step, one copy of the parameters more than SAM with ``info=False``.
 
     Reduces to: `sam` at ``k=1``; ``base`` at ``rho=0``.
 
@@ -824,7 +824,7 @@ def ss_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + ``probability`` gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM.
+    parameters more than SAM with ``info=False``.
 
     Reduces to: `sam` at ``probability=1``; ``base`` at ``probability=0`` or ``rho=0``.
 
@@ -891,7 +891,7 @@ def ae_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents (about one half in the paper); two
-    scalars stored. Within the step, one copy of the parameters more than SAM.
+    scalars stored. Within the step, one copy of the parameters more than SAM with ``info=False``.
 
     Reduces to: `sam` for ``lambda_1 = lambda_2`` very negative, ``base`` for very positive, or
     ``rho=0``.
@@ -968,8 +968,8 @@ def ae_look_sam(
         ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents; one copy of the parameters stored
-    (float32 at least), replaced on ascents. Within the step, one copy of the parameters more
-    than SAM.
+    (float32 at least), replaced on ascents. Within the step, one copy of the parameters more than
+    SAM with ``info=False``.
 
     Reduces to: `ae_sam` at ``alpha=0``; `sam` for very negative thresholds; ``base`` at ``rho=0``.
 
@@ -1097,8 +1097,8 @@ def gnp(
     Raises:
         ValueError, TypeError: an argument is outside its range; the message names it.
 
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM.
+    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
+    than SAM with ``info=False``.
 
     Reduces to: `sam` at ``alpha=1``; ``base`` at ``alpha=0`` or ``rho=0``.
 
