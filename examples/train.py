@@ -167,9 +167,9 @@ class Config:
             total,
             jax.random.key(self.seed + 1),
         )
-        base = self.base
-        if base == "sgd":
-            base = {"name": "sgd", "momentum": self.momentum or None}
+        base = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
+        if base.get("name") == "sgd":
+            base.setdefault("momentum", self.momentum or None)
         base = _methods.base_optimizer(base, setting, self.weight_decay, self.clip_norm)
         if self.method == "composition":
             return _methods.composition(

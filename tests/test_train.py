@@ -222,6 +222,17 @@ def test_proportional_rho():
     rho = _methods._number_or_schedule(config.options["rho"], setting)
     np.testing.assert_allclose([rho(0), rho(40), rho(80)], [0.4, 0.25, 0.1], rtol=1e-6)
 
+def test_momentum_of_sgd_in_a_table():
+    """A table with other arguments of SGD does not drop momentum; its own comes first."""
+    plain = trajectory(train.Config.read({}))
+    assert equal(plain, trajectory(train.Config.read({"base": {"name": "sgd"}})))
+    own = {"base": {"name": "sgd", "momentum": 0.5}}
+    assert equal(
+        trajectory(train.Config.read(own)), trajectory(train.Config.read({"momentum": 0.5}))
+    )
+    assert not equal(plain, trajectory(train.Config.read(own)))
+
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
