@@ -44,6 +44,7 @@ import csv
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -555,6 +556,13 @@ def _write_curves(path: pathlib.Path, history: list[dict]) -> None:
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
+def _write(path: pathlib.Path, text: str) -> None:
+    """All of a file or nothing, whenever the process is killed."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 
 def _tensorboard(out: pathlib.Path) -> Any:
     """A writer, where a package for it is installed; else None."""
@@ -635,7 +643,7 @@ def fit(
         out = pathlib.Path(out)
         check_directory(out, config, resume)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        _write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         manager, board = _checkpoints(out, checkpoint_every), _tensorboard(out)
         if (done := manager.latest_step()) is not None:
             state, history = _restore(manager, done, state)
@@ -695,7 +703,7 @@ def fit(
     report = _report(run, state, history, before)
     if out is not None:
         _write_curves(out / "curves.png", history)
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        _write(out / "report.json", json.dumps(report, indent=1))
     if manager is not None:
         manager.close()
     if board is not None:

@@ -1,6 +1,7 @@
 """The trainer of examples/train.py."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -66,6 +67,20 @@ def test_resume_is_bit_identical(tmp_path):
     assert len(lines) == 4 and lines[0].startswith("epoch,train_loss") and "seen" in lines[0]
     assert (tmp_path / "b" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "b" / "report.json").read_text())["method"] == "composition"
+
+
+def test_killed_while_it_starts(tmp_path, monkeypatch):
+    """Half a config.json is no run: the next command starts anew."""
+    config, half = train.Config.read(TINY), pathlib.Path.write_text
+
+    def killed(path, text):
+        half(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(config, tmp_path, run=types.SimpleNamespace(start=lambda: None), show=False)
+    train.check_directory(tmp_path, config, resume=True)
 
 
 def test_scan_is_the_loop():
