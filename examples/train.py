@@ -827,7 +827,7 @@ def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
     ]
 
 
-def _show(console: Console, reports: dict[str, dict]) -> None:
+def _show(console: Console, reports: dict[str, dict], spread: bool) -> None:
     rows = {
         "test accuracy": ("test_accuracy", "{:.4f}"),
         "best test accuracy": ("best_test_accuracy", "{:.4f}"),
@@ -838,12 +838,12 @@ def _show(console: Console, reports: dict[str, dict]) -> None:
         "seconds per epoch": ("seconds_per_epoch", "{:.3f}"),
         "%SAM": ("percent_sam", "{:.1f}"),
     }
-    table = Table("", *reports, *(["mean", "std"] if len(reports) > 1 else []))
+    table = Table("", *reports, *(["mean", "std"] if spread else []))
     for title, (name, form) in rows.items():
         values = [report[name] for report in reports.values()]
         if any(value is None for value in values):
             continue
-        more = [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else []
+        more = [statistics.fmean(values), statistics.stdev(values)] if spread else []
         table.add_row(title, *(form.format(value) for value in [*values, *more]))
     console.print(table)
 
@@ -874,7 +874,7 @@ def main(argv: list[str] | None = None) -> int:
             return _complain(parser, error)
         every = args.checkpoint_every
         reports[name] = fit(config, out, resume=args.resume, run=run, checkpoint_every=every)
-    _show(console, reports)
+    _show(console, reports, spread=len(reports) > 1 and not args.tune)
     if args.tune:
         scores: dict[str, list[float]] = {}
         for name, report in reports.items():
