@@ -222,6 +222,17 @@ def test_weight_decay_and_clipping():
     close(updates, jnp.array([-0.1 * 0.1 * 2, -0.1 * 0.5]))
 
 
+def test_momentum_of_sgd_in_a_table():
+    """A table with other arguments of SGD does not drop momentum; its own comes first."""
+    plain = trajectory(train.Config.read({}))
+    assert equal(plain, trajectory(train.Config.read({"base": {"name": "sgd"}})))
+    own = {"base": {"name": "sgd", "momentum": 0.5}}
+    assert equal(
+        trajectory(train.Config.read(own)), trajectory(train.Config.read({"momentum": 0.5}))
+    )
+    assert not equal(plain, trajectory(train.Config.read(own)))
+
+
 def test_learning_rate_schedule():
     config = train.Config(epochs=10, warmup_epochs=2.0, learning_rate=0.5)
     rate = config.learning_rate_schedule(steps_per_epoch=4)
@@ -237,17 +248,6 @@ def test_proportional_rho():
     rho = _methods._number_or_schedule(config.options["rho"], setting)
     np.testing.assert_allclose([rho(0), rho(40), rho(80)], [0.4, 0.25, 0.1], rtol=1e-6)
 
-def test_momentum_of_sgd_in_a_table():
-    """A table with other arguments of SGD does not drop momentum; its own comes first."""
-    plain = trajectory(train.Config.read({}))
-    assert equal(plain, trajectory(train.Config.read({"base": {"name": "sgd"}})))
-    own = {"base": {"name": "sgd", "momentum": 0.5}}
-    assert equal(
-        trajectory(train.Config.read(own)), trajectory(train.Config.read({"momentum": 0.5}))
-    )
-    assert not equal(plain, trajectory(train.Config.read(own)))
-
-
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -257,6 +257,19 @@ def test_momentum_of_sgd_in_a_table():
         ({"epochs": 1.5}, "epochs must be of type int, got 1.5"),
         ({"learning_rate": "high"}, "learning_rate must be of type float, got 'high'"),
         ({"rho": -1.0}, r"rho"),
+        ({"rho": "large"}, "`rho` must be a number"),
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"subset": -4}, "subset must be at least 0, got -4"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, got 'bf16'"),
+        ({"augment": "mixup"}, r"unknown augmentation \['mixup'\]"),
+        ({"augment": 4}, "augment cannot be 4"),
+        ({"base": 4}, "base cannot be 4"),
+        ({"info": False}, "method 'sam' takes no option 'info'"),
+        ({"policy": "never"}, 'policy is part of a composition; set method = "composition"'),
+        ({"groups": 3}, "a batch of 128 cannot be cut into 3 groups; choose a divisor"),
+        ({"devices": 99}, "devices = 99, but there are 8"),
+        ({"method": "esam", "microbatches": 2}, "method 'esam' takes no microbatches"),
         ({"method": "composition"}, r"needs a \[perturbation\] table"),
         ({"base": "no_such"}, "base: optax has no 'no_such'"),
         ({"base": {"name": "sgd", "speed": 1}}, "base: sgd takes no 'speed'; its arguments: learn"),
@@ -265,6 +278,7 @@ def test_momentum_of_sgd_in_a_table():
         ({"batch_size": 4096}, "a batch of 4096 needs more than the 1437 training examples"),
         ({"batch_size": 31, "devices": 8}, "a batch of 31 cannot be shared by 8 devices"),
         ({"rho": {"schedule": "step"}}, "a schedule is {schedule = linear, cosine or"),
+        ({"rho": {"schedule": "linear", "start": "a", "end": 1}}, "a schedule is {schedule ="),
         (
             {"method": "composition", "perturbation": {"name": "steepest_ascent", "r": 1}},
             "perturbation: steepest_ascent takes no 'r'; its arguments: rho, scale",
@@ -306,14 +320,21 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "holds a run; pass --resume" in capsys.readouterr().err
     assert train.main([*argv, "--resume", "--momentum", "0.5"]) == 2
     assert "was run with momentum = 0.9, not 0.5" in capsys.readouterr().err
-    # Another method does not inherit the options of the file's.
+    # A value that cannot be is found before the first run starts, not at its turn.
+    argv[argv.index("--tune") + 3] = "large"
+    assert train.main([*argv, "--resume"]) == 2
+    assert "`rho` must be a number" in capsys.readouterr().err
+    # Another method does not inherit the options of the file's, nor the parts of a composition.
+    file.write_text(file.read_text() + 'perturbation = "steepest_ascent"\n')
     args = train._parser().parse_args(["--config", str(file), "--method", "asam", "--eta", "0.1"])
-    assert train.Config.read(train._settings(args)).options == {"eta": 0.1}
+    config = train.Config.read(train._settings(args))
+    assert (config.options, config.perturbation) == ({"eta": 0.1}, None)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--validation", "0.1", "--tune", "learning-rate", "x"], "learning_rate must be of type"),
         (["--tune", "rho", "0.1"], "--tune ranks by validation accuracy; pass --validation"),
         (["--config", "/no/such.toml"], "--config /no/such.toml: "),
         (["--dataset", "mnist", "--data-dir", "."], "mnist: expected mnist/train-images"),
