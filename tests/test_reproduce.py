@@ -80,6 +80,24 @@ def test_scales():
         reproduce.cells(job_of("wsam-table2", only="x"))
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "changes", "line"),
+    [
+        ("digits-noise", "short", {}, "scale short: networks and data as at scale paper"),
+        ("digits-noise", "short", {"seeds": 2}, "scale paper; seeds: 2 of 5"),
+        ("wsam-table6", "short", {}, "scale paper; 15 % of the epochs; seeds: 1 of 5"),
+        ("fsam-fig1", "short", {"seeds": 3}, "epochs; full gradients over 2048 training examples"),
+        ("fsam-fig1", "paper", {}, "scale paper: as published, as far as the paper says"),
+        ("stablesam-fig4", "short", {}, "scale short; 25 of 100 rates; 1000 of 10000 starts"),
+        ("wsam-fig3", "smoke", {}, "blocks: 1 of 4; the first and the last value of the sweep"),
+        ("wsam-table2", "short", {"only": "18"}, "seeds: 1 of 5; blocks that match '18'"),
+    ],
+)  # fmt: skip
+def test_scaled_down(name, scale, changes, line):
+    """An experiment's own epochs and seeds count, not those of the scale."""
+    assert reproduce._scaled_down(job_of(name, scale, **changes)).endswith(line)
+
+
 def test_table_resumes(tmp_path, monkeypatch):
     """Finished runs are read, not run again; tables share them; the paper is quoted beside."""
     job = job_of("wsam-table8", store=tmp_path)
@@ -97,7 +115,7 @@ def test_table_resumes(tmp_path, monkeypatch):
     assert calls == ["sam", "coupled_wsam", "wsam"]
     text = (tmp_path / "wsam-table8.md").read_text()
     assert "| SAM | 10.00 | 3.68 ± 0.06 | +6.32 | 100.0 |" in text
-    assert "Scale smoke: digits in place of every data set" in text
+    assert "Seeds: 1; scale smoke: digits in place of every data set" in text
     reproduce.table(job_of("wsam-table2", store=tmp_path))
     assert calls[3:] == ["base", "esam", "gsam"]  # SAM and WSAM were there
 
@@ -150,6 +168,11 @@ def test_figures(name, tmp_path):
 def test_command_line(capsys, tmp_path):
     assert reproduce.main(["list"]) == 0
     assert "wsam-table2      WSAM, Table 2" in capsys.readouterr().out
+    for wrong in (["--seeds", "0"], ["--only", "["]):
+        with pytest.raises(SystemExit):
+            reproduce.main(["wsam-table6", *wrong])
+    assert "must be above 0, got 0" in (error := capsys.readouterr().err)
+    assert "'[' is no regular expression" in error
     argv = ["wsam-table6", "--scale", "paper", "--results", str(tmp_path)]
     assert reproduce.main(argv) == 2
     error = capsys.readouterr().err
