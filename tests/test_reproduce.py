@@ -80,6 +80,16 @@ def test_scales():
         reproduce.cells(job_of("wsam-table2", only="x"))
 
 
+def test_label_noise_of_the_papers():
+    """Table 6 of WSAM has Arazo et al.'s noise, which may keep a label; AE-SAM prints %SAM."""
+    wsam, aesam = (reproduce.cells(job_of(name, "paper")) for name in
+                   ("wsam-table6", "aesam-table3"))  # fmt: skip
+    assert {reproduce.config_of(c, 0, job_of("wsam-table6")).noise_kind for c in wsam} == {"any"}
+    last = aesam[-1]
+    assert last.label == "AE-LookSAM" and last.paper[0] == 77.03 and last.paper[2] == 49.8
+    assert np.isnan(last.paper[1])
+
+
 @pytest.mark.parametrize(
     ("name", "scale", "changes", "line"),
     [
