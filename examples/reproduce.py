@@ -328,11 +328,11 @@ def other_ascent(cell: Cell) -> Callable[[train.Run], Callable]:
 
 
 def _batches(run: train.Run, count: int, epoch: int) -> jax.Array:
-    """Positions of random training batches, ``[count, batch]``."""
+    """Positions of random training batches, ``[count, batch]``: of one epoch, and of the next."""
     rng = np.random.default_rng([run.config.seed, epoch])
-    size = run.config.batch_size
-    count = min(count, run.num_train // size)
-    return jnp.asarray(rng.permutation(run.num_train)[: count * size].reshape(count, size))
+    size, each = run.config.batch_size, run.steps_per_epoch
+    orders = [rng.permutation(run.num_train)[: each * size] for _ in range(-(-count // each))]
+    return jnp.asarray(np.concatenate(orders).reshape(-1, size)[:count])
 
 
 def _batch_loss(run, stats, images, labels):

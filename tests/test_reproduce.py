@@ -1,6 +1,7 @@
 """The experiments of examples/reproduce.py: their data, and the parts that are theirs alone."""
 
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,37 @@ def test_perturbation_along_and_across_the_full_gradient(label):
     expected = run.mean_loss(moved, state.stats, images, labels)[0]
     np.testing.assert_allclose(metrics.perturbed_loss, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics.perturbation_norm, 0.2, rtol=1e-4)
+
+
+def test_probes_have_their_number_of_batches():
+    """Also where that is more than an epoch holds: 400 of 128 are more than CIFAR's 45,000."""
+    config = train.Config.read({"subset": 100, "batch_size": 32})
+    run = types.SimpleNamespace(config=config, num_train=100, steps_per_epoch=3)
+    index = np.asarray(reproduce._batches(run, 8, 0))  # type: ignore[arg-type]
+    assert index.shape == (8, 32)
+    for first in (0, 3):
+        assert len(np.unique(index[first : first + 3])) == 96
+    assert not np.array_equal(index[:3], index[3:6])
+
+
+def test_checkpoints_outlive_a_lost_report(tmp_path, monkeypatch):
+    """They go when the report is on disk: what is killed before goes on from them."""
+    settings = {"model": "mlp", "dataset": "digits", "method": "sam", "epochs": 1}
+    cell = reproduce.Cell("b", "SAM", settings)
+    job = job_of("wsam-table2", "short", store=tmp_path)
+    report: dict = {"number": object()}  # no JSON
+
+    def fit(config, out, **_):
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return report
+
+    monkeypatch.setattr(reproduce.train, "fit", fit)
+    with pytest.raises(TypeError):
+        reproduce.obtain(cell, 0, job)
+    assert list(tmp_path.glob("*/checkpoints"))
+    report["number"] = 1
+    assert reproduce.obtain(cell, 0, job) == {"number": 1}
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 def test_batches_beyond_the_batch(tmp_path):
