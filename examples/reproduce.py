@@ -13,8 +13,9 @@ written as PNG. Settings and published numbers are data, in ``paper_settings.tom
 the same code, that of ``train.py``.
 
 Finished runs are JSON files in ``--results``, one for each set of settings and seed, and the rest
-of a run that was killed is trained from its last checkpoint: the same command goes on where it
-stopped. A run that several tables share is trained once. At scale ``smoke``, results go to a
+of a run that was killed is trained from its last checkpoint (pairs of runs, Figures 5 to 7 of
+StableSAM, from the start): the same command goes on where it stopped. A run that several tables
+share is trained once. At scale ``smoke``, results go to a
 temporary directory unless ``--results`` is given.
 
 Some perturbations need another gradient than that of the batch (``ascent`` in the settings):
@@ -241,13 +242,12 @@ def obtain(cell: Cell, seed: int, job: Job) -> dict:
         job.console.print(f"[dim]{cell.block}, {cell.label}, seed {seed}[/dim]")
         every = max(1, config.epochs // 10)
         out = path.with_suffix("")
-        report = train.fit(
-            config, out, resume=True, run=run, on_epoch=probe, checkpoint_every=every
-        )
-        shutil.rmtree(out / "checkpoints")
-        return report
+        return train.fit(config, out, resume=True, run=run, on_epoch=probe, checkpoint_every=every)
 
-    return remember(path, compute)
+    report = remember(path, compute)
+    # Not before the report is on disk.
+    shutil.rmtree(path.with_suffix("") / "checkpoints", ignore_errors=True)
+    return report
 
 
 # --- Perturbations that need another gradient -----------------------------------------------------
