@@ -15,8 +15,8 @@ the same code, that of ``train.py``.
 Finished runs are JSON files in ``--results``, one for each set of settings and seed, and the rest
 of a run that was killed is trained from its last checkpoint (pairs of runs, Figures 5 to 7 of
 StableSAM, from the start): the same command goes on where it stopped. A run that several tables
-share is trained once. At scale ``smoke``, results go to a
-temporary directory unless ``--results`` is given.
+share is trained once. At scale ``smoke``, results go to a temporary directory unless ``--results``
+is given.
 
 Some perturbations need another gradient than that of the batch (``ascent`` in the settings):
 ``full gradient`` passes the gradient over the training set as ``direction``, for SAM-full and

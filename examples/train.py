@@ -193,10 +193,10 @@ class Config:
             total,
             jax.random.key(self.seed + 1),
         )
-        base = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
-        if base.get("name") == "sgd":
-            base.setdefault("momentum", self.momentum or None)
-        base = _methods.base_optimizer(base, setting, self.weight_decay, self.clip_norm)
+        spec = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
+        if spec.get("name") == "sgd":
+            spec = {"momentum": self.momentum or None} | spec
+        base = _methods.base_optimizer(spec, setting, self.weight_decay, self.clip_norm)
         if self.method == "composition":
             return _methods.composition(
                 self.perturbation, self.surrogate, self.policy, base, setting

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 import types
+from typing import Any
 
 import _methods
 import jax
@@ -72,6 +73,7 @@ def test_resume_is_bit_identical(tmp_path):
 def test_killed_while_it_starts(tmp_path, monkeypatch):
     """Half a config.json is no run: the next command starts anew."""
     config, half = train.Config.read(TINY), pathlib.Path.write_text
+    run: Any = types.SimpleNamespace(start=lambda: None)
 
     def killed(path, text):
         half(path, text[: len(text) // 2])
@@ -79,7 +81,7 @@ def test_killed_while_it_starts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(config, tmp_path, run=types.SimpleNamespace(start=lambda: None), show=False)
+        train.fit(config, tmp_path, run=run, show=False)
     train.check_directory(tmp_path, config, resume=True)
 
 
