@@ -883,7 +883,7 @@ def _show(console: Console, reports: dict[str, dict], spread: bool) -> None:
     console.print(table)
 
 
-def _complain(parser: argparse.ArgumentParser, error: ValueError) -> int:
+def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return 2
 
@@ -895,6 +895,8 @@ def main(argv: list[str] | None = None) -> int:
     console, reports = Console(), {}
     folders: dict[str, pathlib.Path | None] = {}
     try:
+        if args.resume and not args.out:
+            raise ValueError("--resume goes on with the run in --out; pass it")
         variants = _variants(args)
         # All of them before the first one trains.
         for name, config in variants:
@@ -903,9 +905,10 @@ def main(argv: list[str] | None = None) -> int:
                 out /= name.replace(", ", "-").replace(" ", "-")
             if out:
                 check_directory(out, config, args.resume)
+                out.mkdir(parents=True, exist_ok=True)
             config.optimizer(1)
             folders[name] = out
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return _complain(parser, error)
     for name, config in variants:
         try:

@@ -338,6 +338,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     [
         (["--validation", "0.1", "--tune", "learning-rate", "x"], "learning_rate must be of type"),
         (["--tune", "rho", "0.1"], "--tune ranks by validation accuracy; pass --validation"),
+        (["--resume"], "--resume goes on with the run in --out"),
+        (["--out", __file__], "File exists"),
+        (["--out", __file__ + "/x"], "Not a directory"),
         (["--config", "/no/such.toml"], "--config /no/such.toml: "),
         (["--dataset", "mnist", "--data-dir", "."], "mnist: expected mnist/train-images"),
         (["--method", "gsam", "--k", "2"], "method 'gsam' takes no option 'k'"),
