@@ -313,6 +313,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert train.main(argv) == 0
     text = capsys.readouterr().out
     assert "best by validation accuracy: rho 0." in text and "%SAM" in text
+    assert "mean" not in text  # over values of rho it would be that of no method
     settings = json.loads((tmp_path / "out" / "rho-0.2-seed-0" / "config.json").read_text())
     assert settings["options"] == {"alpha": 0.2, "rho": 0.2}
     assert (settings["epochs"], settings["width"]) == (1, 0.02)
