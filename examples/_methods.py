@@ -45,7 +45,10 @@ METHODS: dict[str, Callable] = {"base": _base, **NAMED, "esam": _esam, "ksam": s
 # The share of the batch that the second gradient is taken on belongs to the step.
 STEP_OPTIONS = {"esam": {"gamma": 0.5}, "ksam": {"gamma": 0.5}}
 # Filled in by `optimizer`, or for other programs.
-_FILLED = ("base", "learning_rate", "total_steps", "key", "mask", "axis_name", "sync_perturbation")
+_FILLED = (
+    *("base", "learning_rate", "total_steps", "key", "mask", "axis_name", "sync_perturbation"),
+    "info",  # The trainer's metrics.
+)
 
 
 class Setting(NamedTuple):
@@ -98,7 +101,8 @@ def _number_or_schedule(value: Any, setting: Setting) -> Any:
         return value
     spec = dict(value)
     kind, start, end = spec.pop("schedule"), spec.pop("start", None), spec.pop("end", None)
-    if start is None or end is None or spec or kind not in ("linear", "cosine", "proportional"):
+    numbers = isinstance(start, int | float) and isinstance(end, int | float)
+    if not numbers or spec or kind not in ("linear", "cosine", "proportional"):
         raise ValueError(
             f"a schedule is {{schedule = linear, cosine or proportional, start = x, end = y}}, got "
             f"{dict(value)}"
@@ -180,7 +184,10 @@ def optimizer(
         for name, value in options.items()
         if name not in STEP_OPTIONS.get(method, {})
     }
-    return function(**filled, **given)
+    try:
+        return function(**filled, **given)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def composition(

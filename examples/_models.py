@@ -60,6 +60,13 @@ def _scaled(width: float, *channels: int) -> list[int]:
     return [max(2, round(c * width)) for c in channels]
 
 
+def _blocks(depth: int, outside: int, each: int) -> int:
+    """Blocks per stage of three stages; "resnet34" is not ResNet-32 under another name."""
+    if depth < outside or (depth - outside) % each:
+        raise ValueError(f"a depth of {depth} layers cannot be; it is {each}n + {outside}")
+    return (depth - outside) // each
+
+
 class MLP(nnx.Module):
     """Fully connected layers with ReLU; the papers' FCN has two of 500."""
 
@@ -221,7 +228,7 @@ class WideResNet(nnx.Module):
         self.stem = make.conv(shape[2], stem)
         units, inputs = [], stem
         for stage, outputs in enumerate(channels):
-            for block in range((depth - 4) // 6):
+            for block in range(_blocks(depth, 4, 6)):
                 units.append(_Wide(make, inputs, outputs, 2 if stage and not block else 1))
                 inputs = outputs
         self.units = nnx.List(units)
@@ -258,7 +265,7 @@ class PyramidNet(nnx.Module):
     def __init__(self, shape, num_classes, rngs, dtype, width=1.0, *, depth, alpha):
         make = _Layers(rngs, dtype)
         (inputs,) = _scaled(width, 16)
-        blocks = (depth - 2) // 6
+        blocks = _blocks(depth, 2, 6)
         self.stem, self.norm1 = make.conv(shape[2], inputs), make.norm(inputs)
         units, exact = [], float(inputs)
         for index in range(3 * blocks):
@@ -342,7 +349,7 @@ _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
         "resnet20, resnet32, resnet56 (6n + 2)",
         r"resnet(\d+)",
         lambda depth: functools.partial(
-            ResNet, stem=16, channels=(16, 32, 64), blocks=(depth - 2) // 6, unit=_Basic
+            ResNet, stem=16, channels=(16, 32, 64), blocks=_blocks(depth, 2, 6), unit=_Basic
         ),
     ),
     (
@@ -352,7 +359,7 @@ _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
             ResNet,
             stem=64,
             channels=(256, 512, 1024),
-            blocks=(depth - 2) // 9,
+            blocks=_blocks(depth, 2, 9),
             unit=functools.partial(_Grouped, cardinality=32),
         ),
     ),
@@ -401,7 +408,7 @@ def build(
         An ``nnx.Module`` from images to logits.
 
     Raises:
-        ValueError: no network has that name.
+        ValueError: no network has that name, or that depth.
     """
     for _, pattern, make in _PATTERNS:
         if match := re.fullmatch(pattern, name):

@@ -1,4 +1,4 @@
-# smoke: wsam-fig3 --scale smoke
+# smoke: list
 """The four papers' tables and figures, one subcommand each.
 
     python examples/reproduce.py list
@@ -13,9 +13,10 @@ written as PNG. Settings and published numbers are data, in ``paper_settings.tom
 the same code, that of ``train.py``.
 
 Finished runs are JSON files in ``--results``, one for each set of settings and seed, and the rest
-of a run that was killed is trained from its last checkpoint: the same command goes on where it
-stopped. A run that several tables share is trained once. At scale ``smoke``, results go to a
-temporary directory unless ``--results`` is given.
+of a run that was killed is trained from its last checkpoint (pairs of runs, Figures 5 to 7 of
+StableSAM, from the start): the same command goes on where it stopped. A run that several tables
+share is trained once. At scale ``smoke``, results go to a temporary directory unless ``--results``
+is given.
 
 Some perturbations need another gradient than that of the batch (``ascent`` in the settings):
 ``full gradient`` passes the gradient over the training set as ``direction``, for SAM-full and
@@ -241,13 +242,12 @@ def obtain(cell: Cell, seed: int, job: Job) -> dict:
         job.console.print(f"[dim]{cell.block}, {cell.label}, seed {seed}[/dim]")
         every = max(1, config.epochs // 10)
         out = path.with_suffix("")
-        report = train.fit(
-            config, out, resume=True, run=run, on_epoch=probe, checkpoint_every=every
-        )
-        shutil.rmtree(out / "checkpoints")
-        return report
+        return train.fit(config, out, resume=True, run=run, on_epoch=probe, checkpoint_every=every)
 
-    return remember(path, compute)
+    report = remember(path, compute)
+    # Not before the report is on disk.
+    shutil.rmtree(path.with_suffix("") / "checkpoints", ignore_errors=True)
+    return report
 
 
 # --- Perturbations that need another gradient -----------------------------------------------------
@@ -328,11 +328,11 @@ def other_ascent(cell: Cell) -> Callable[[train.Run], Callable]:
 
 
 def _batches(run: train.Run, count: int, epoch: int) -> jax.Array:
-    """Positions of random training batches, ``[count, batch]``."""
+    """Positions of random training batches, ``[count, batch]``: of one epoch, and of the next."""
     rng = np.random.default_rng([run.config.seed, epoch])
-    size = run.config.batch_size
-    count = min(count, run.num_train // size)
-    return jnp.asarray(rng.permutation(run.num_train)[: count * size].reshape(count, size))
+    size, each = run.config.batch_size, run.steps_per_epoch
+    orders = [rng.permutation(run.num_train)[: each * size] for _ in range(-(-count // each))]
+    return jnp.asarray(np.concatenate(orders).reshape(-1, size)[:count])
 
 
 def _batch_loss(run, stats, images, labels):
@@ -446,9 +446,39 @@ def _heading(job: Job) -> str:
     return (
         f"### {job.experiment['title']}\n\nSource: {job.experiment['source']}. "
         f"Assumed: {job.experiment.get('assumed', 'nothing')}. "
-        f"Scale {job.args.scale}: {job.scale['about']}; seeds: {job.seeds}.\n\n"
+        f"Seeds: {job.seeds}; {_scaled_down(job)}.\n\n"
         f"`{command}`, {device}, {versions}, {datetime.date.today()}\n"
     )
+
+
+def _scaled_down(job: Job) -> str:
+    """In words: what differs from the paper, at the scale of a job and by its command line."""
+    experiment, scale = job.experiment, job.scale
+    if experiment.get("kind") == "toy":
+        paper = SCALES["paper"]["toy"]
+        sizes = [f"{n} of {paper[k]} {k}" for k, n in scale["toy"].items() if n < paper[k]]
+        return "; ".join([f"scale {job.args.scale}", *sizes])
+    notes = [f"scale {job.args.scale}: {scale['about']}"]
+    if scale.get("epochs", 1) != 1:
+        notes.append(f"{100 * scale['epochs']:g} % of the epochs")
+    published = experiment["seeds"]
+    if job.seeds < published:
+        notes.append(f"seeds: {job.seeds} of {published}")
+    blocks = len(experiment["blocks"])
+    if scale.get("blocks", blocks) < blocks:
+        notes.append(f"blocks: {scale['blocks']} of {blocks}")
+    if job.args.only:
+        notes.append(f"blocks that match {job.args.only!r}")
+    if "blocks" in scale and "smoke_rows" in experiment:
+        notes.append(f"rows: {experiment['smoke_rows']} of each block")
+    if "blocks" in scale and ("sweep" in experiment or "grid" in experiment):
+        notes.append("the first and the last value of the sweep")
+    if "full gradient" in str(experiment["blocks"]) and scale["full_examples"]:
+        notes.append(f"full gradients over {scale['full_examples']} training examples")
+    notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
+    if jax.default_backend() != "cpu" and "override" not in scale:
+        notes.append(f"computed in {job.args.dtype or 'bfloat16'}, parameters in float32")
+    return "; ".join(notes)
 
 
 def table(job: Job) -> None:
@@ -708,7 +738,7 @@ KINDS: dict[str, Callable[[Job], None]] = {
 
 def _describe(job: Job) -> None:
     """What is run, and what was scaled down."""
-    experiment, scale, console = job.experiment, job.scale, job.console
+    experiment, console = job.experiment, job.console
     console.rule(f"{job.name}")
     console.print(experiment["title"], highlight=False)
     console.print(f"source: {experiment['source']}", highlight=False)
@@ -716,19 +746,7 @@ def _describe(job: Job) -> None:
         console.print(f"the paper: {experiment['claim']}", highlight=False)
     if "assumed" in experiment:
         console.print(f"assumed: {experiment['assumed']}", highlight=False)
-    notes = [f"scale {job.args.scale}: {scale['about']}"]
-    published = experiment.get("seeds", 1)
-    if job.seeds < published:
-        notes.append(f"seeds: {job.seeds} of {published}")
-    blocks = len(experiment.get("blocks", []))
-    if scale.get("blocks", blocks) < blocks:
-        notes.append(f"blocks: {scale['blocks']} of {blocks}")
-    if "blocks" in scale and "smoke_rows" in experiment:
-        notes.append(f"rows: {experiment['smoke_rows']} of each block")
-    notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
-    if jax.default_backend() != "cpu" and "override" not in scale:
-        notes.append(f"computed in {job.args.dtype or 'bfloat16'}, parameters in float32")
-    console.print("; ".join(notes), highlight=False)
+    console.print(_scaled_down(job), highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -746,13 +764,26 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"OLD=NEW, two of {', '.join(_data.NAMES)}")
         return old, new
 
+    def regex(text):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no regular expression: {error}"
+            ) from None
+        return text
+
     for name, title in texts.items():
         command = commands.add_parser(name, help=title.replace("%", "%%"))
         command.add_argument("--scale", choices=tuple(SCALES), default="smoke")
         command.add_argument("--data-dir", help="directory with the data sets' files")
         command.add_argument("--results", help="directory of results (default: results)")
-        command.add_argument("--seeds", type=int, help="number of seeds, in place of the scale's")
-        command.add_argument("--only", metavar="REGEX", help="blocks whose label matches")
+        command.add_argument(
+            "--seeds", type=train.positive, help="number of seeds, in place of the scale's"
+        )
+        command.add_argument(
+            "--only", type=regex, metavar="REGEX", help="blocks whose label matches"
+        )
         command.add_argument("--dtype", choices=("float32", "bfloat16"))
         command.add_argument(
             "--replace", type=pair, nargs="*", default=[], metavar="OLD=NEW", help="data sets"

@@ -44,6 +44,7 @@ import csv
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -73,6 +74,10 @@ from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradie
 
 def _setting(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+_POSITIVE = ("width", "epochs", "batch_size", "groups", "microbatches")
+_PARTS = ("perturbation", "surrogate", "policy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,24 +131,45 @@ class Config:
         """From a dictionary; what is no field is an option of the method.
 
         Raises:
-            ValueError: something in it is neither, or has the wrong type.
+            ValueError: something in it is neither, or cannot be.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {k: v for k, v in settings.items() if k in fields and k != "options"}
         options = {k: v for k, v in settings.items() if k not in fields}
         options = {**settings.get("options", {}), **options}
+        if isinstance(known.get("augment"), str):
+            known["augment"] = (known["augment"],)
+        for name, kinds in (("augment", (list, tuple)), ("base", (str, Mapping))):
+            if not isinstance(known.get(name, kinds[0]()), kinds):
+                raise ValueError(f"{name} cannot be {known[name]!r}")
         for name, value in known.items():
-            kind = type(fields[name].default)
+            kind, choices = type(fields[name].default), fields[name].metadata.get("choices")
             if kind in (int, float, str) and name not in ("base", "data_dir"):
                 right = isinstance(value, int | float) if kind is float else type(value) is kind
                 if not right:
                     raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
             if kind is float:
                 known[name] = float(value)
+            if choices and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if kind in (int, float) and (value < 0 or (name in _POSITIVE and not value)):
+                least = "above 0" if name in _POSITIVE else "at least 0"
+                raise ValueError(f"{name} must be {least}, got {value}")
         if "augment" in known:
             known["augment"] = tuple(known["augment"])
         config = cls(**known, options=options)
         _methods.check_options(config.method, options)
+        for name in _PARTS:
+            if config.method != "composition" and getattr(config, name) is not None:
+                raise ValueError(f'{name} is part of a composition; set method = "composition"')
+        for name in ("groups", "microbatches"):
+            if config.batch_size % getattr(config, name):
+                raise ValueError(
+                    f"a batch of {config.batch_size} cannot be cut into {getattr(config, name)} "
+                    f"{name}; choose a divisor"
+                )
+        if config.microbatches > 1 and config.method in _methods.STEP_OPTIONS:
+            raise ValueError(f"method {config.method!r} takes no microbatches: it selects examples")
         return config
 
     def load(self) -> _data.Dataset:
@@ -167,10 +193,10 @@ class Config:
             total,
             jax.random.key(self.seed + 1),
         )
-        base = self.base
-        if base == "sgd":
-            base = {"name": "sgd", "momentum": self.momentum or None}
-        base = _methods.base_optimizer(base, setting, self.weight_decay, self.clip_norm)
+        spec = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
+        if spec.get("name") == "sgd":
+            spec = {"momentum": self.momentum or None} | spec
+        base = _methods.base_optimizer(spec, setting, self.weight_decay, self.clip_norm)
         if self.method == "composition":
             return _methods.composition(
                 self.perturbation, self.surrogate, self.policy, base, setting
@@ -272,6 +298,8 @@ class Run:
                 f"a batch of {config.batch_size} needs more than the {self.num_train} training "
                 "examples; lower batch_size"
             )
+        if config.devices > jax.device_count():
+            raise ValueError(f"devices = {config.devices}, but there are {jax.device_count()}")
         devices = jax.devices()[: config.devices or None]
         if config.batch_size % len(devices):
             raise ValueError(
@@ -528,6 +556,13 @@ def _scalars_only(row: dict) -> dict:
     return {k: v for k, v in row.items() if isinstance(v, int | float)}
 
 
+def _write(path: pathlib.Path, text: str) -> None:
+    """All of a file or nothing, whenever the process is killed."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 def _write_csv(path: pathlib.Path, history: list[dict]) -> None:
     rows = [_scalars_only(row) for row in history]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -635,7 +670,7 @@ def fit(
         out = pathlib.Path(out)
         check_directory(out, config, resume)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        _write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         manager, board = _checkpoints(out, checkpoint_every), _tensorboard(out)
         if (done := manager.latest_step()) is not None:
             state, history = _restore(manager, done, state)
@@ -695,7 +730,7 @@ def fit(
     report = _report(run, state, history, before)
     if out is not None:
         _write_curves(out / "curves.png", history)
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        _write(out / "report.json", json.dumps(report, indent=1))
     if manager is not None:
         manager.close()
     if board is not None:
@@ -745,6 +780,13 @@ def _option_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=kind, default=None, dest=name, help=", ".join(methods))
 
 
+def positive(text: str) -> int:
+    """An argument's type: an integer above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     first, rest = str(__doc__).split("\n", 1)
     parser = argparse.ArgumentParser(
@@ -753,7 +795,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="TOML file; the command line overrides it")
     parser.add_argument("--out", help="directory for metrics, curves and checkpoints; else none")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--checkpoint-every", type=int, default=1, metavar="EPOCHS")
+    parser.add_argument("--checkpoint-every", type=positive, default=1, metavar="EPOCHS")
     parser.add_argument("--seeds", type=int, nargs="+", help="several runs, in place of --seed")
     parser.add_argument(
         "--tune",
@@ -763,7 +805,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("settings (and their defaults)")
     for field in dataclasses.fields(Config):
-        if field.name in ("options", "perturbation", "surrogate", "policy"):
+        if field.name in ("options", *_PARTS):
             continue
         more = dict(field.metadata)
         text = f"{more.pop('help')} ({field.default})".replace("%", "%%")
@@ -788,7 +830,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     given = {k: v for k, v in vars(args).items() if k not in ours and v is not None}
     if given.get("method", settings.get("method")) != settings.get("method"):
         # Another method than the file's: its options are not meant for this one.
-        fields = {field.name for field in dataclasses.fields(Config)} - {"options"}
+        fields = {field.name for field in dataclasses.fields(Config)} - {"options", *_PARTS}
         settings = {k: v for k, v in settings.items() if k in fields}
     return settings | given
 
@@ -808,6 +850,7 @@ def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
     if not args.tune:
         return [(f"seed {s}", Config.read(settings | {"seed": s})) for s in seeds]
     option, *values = args.tune
+    option = option.replace("-", "_")
     if not settings.get("validation"):
         raise ValueError("--tune ranks by validation accuracy; pass --validation 0.1")
     if not values:
@@ -819,7 +862,7 @@ def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
     ]
 
 
-def _show(console: Console, reports: dict[str, dict]) -> None:
+def _show(console: Console, reports: dict[str, dict], spread: bool) -> None:
     rows = {
         "test accuracy": ("test_accuracy", "{:.4f}"),
         "best test accuracy": ("best_test_accuracy", "{:.4f}"),
@@ -830,17 +873,17 @@ def _show(console: Console, reports: dict[str, dict]) -> None:
         "seconds per epoch": ("seconds_per_epoch", "{:.3f}"),
         "%SAM": ("percent_sam", "{:.1f}"),
     }
-    table = Table("", *reports, *(["mean", "std"] if len(reports) > 1 else []))
+    table = Table("", *reports, *(["mean", "std"] if spread else []))
     for title, (name, form) in rows.items():
         values = [report[name] for report in reports.values()]
         if any(value is None for value in values):
             continue
-        more = [statistics.fmean(values), statistics.stdev(values)] if len(values) > 1 else []
+        more = [statistics.fmean(values), statistics.stdev(values)] if spread else []
         table.add_row(title, *(form.format(value) for value in [*values, *more]))
     console.print(table)
 
 
-def _complain(parser: argparse.ArgumentParser, error: ValueError) -> int:
+def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return 2
 
@@ -850,23 +893,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     console, reports = Console(), {}
+    folders: dict[str, pathlib.Path | None] = {}
     try:
+        if args.resume and not args.out:
+            raise ValueError("--resume goes on with the run in --out; pass it")
         variants = _variants(args)
-    except ValueError as error:
-        return _complain(parser, error)
-    for name, config in variants:
-        out = args.out and pathlib.Path(args.out)
-        if out and len(variants) > 1:
-            out /= name.replace(", ", "-").replace(" ", "-")
-        try:
+        # All of them before the first one trains.
+        for name, config in variants:
+            out = pathlib.Path(args.out) if args.out else None
+            if out and len(variants) > 1:
+                out /= name.replace(", ", "-").replace(" ", "-")
             if out:
                 check_directory(out, config, args.resume)
+                out.mkdir(parents=True, exist_ok=True)
+            config.optimizer(1)
+            folders[name] = out
+    except (OSError, ValueError) as error:
+        return _complain(parser, error)
+    for name, config in variants:
+        try:
             run = Run(config)
         except ValueError as error:
             return _complain(parser, error)
+        out = folders[name]
         every = args.checkpoint_every
         reports[name] = fit(config, out, resume=args.resume, run=run, checkpoint_every=every)
-    _show(console, reports)
+    _show(console, reports, spread=len(reports) > 1 and not args.tune)
     if args.tune:
         scores: dict[str, list[float]] = {}
         for name, report in reports.items():

@@ -65,6 +65,21 @@ def test_logits(name, shape):
     assert out.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [
+        ("resnet34", "6n [+] 2"),
+        ("wrn26-10", "6n [+] 4"),
+        ("pyramidnet112-a48", "6n [+] 2"),
+        ("resnext50-32x4d", "9n [+] 2"),
+    ],
+)
+def test_depths_that_cannot_be(name, depths):
+    """Not a network of another depth in its place."""
+    with pytest.raises(ValueError, match=f"layers cannot be; it is {depths}"):
+        nnx.eval_shape(lambda: _models.build(name, CIFAR, 10, nnx.Rngs(0)))
+
+
 def test_pyramid_shortcut_pools_and_pads():
     """Where the block's own output is zero, what is left is the averaged input and zeros."""
     make = _models._Layers(nnx.Rngs(0), jnp.float32)

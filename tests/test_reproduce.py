@@ -1,6 +1,7 @@
 """The experiments of examples/reproduce.py: their data, and the parts that are theirs alone."""
 
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,34 @@ def test_scales():
         reproduce.cells(job_of("wsam-table2", only="x"))
 
 
+def test_label_noise_of_the_papers():
+    """Table 6 of WSAM has Arazo et al.'s noise, which may keep a label; AE-SAM prints %SAM."""
+    wsam, aesam = (reproduce.cells(job_of(name, "paper")) for name in
+                   ("wsam-table6", "aesam-table3"))  # fmt: skip
+    assert {reproduce.config_of(c, 0, job_of("wsam-table6")).noise_kind for c in wsam} == {"any"}
+    last = aesam[-1]
+    assert last.label == "AE-LookSAM" and last.paper[0] == 77.03 and last.paper[2] == 49.8
+    assert np.isnan(last.paper[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "changes", "line"),
+    [
+        ("digits-noise", "short", {}, "scale short: networks and data as at scale paper"),
+        ("digits-noise", "short", {"seeds": 2}, "scale paper; seeds: 2 of 5"),
+        ("wsam-table6", "short", {}, "scale paper; 15 % of the epochs; seeds: 1 of 5"),
+        ("fsam-fig1", "short", {"seeds": 3}, "epochs; full gradients over 2048 training examples"),
+        ("fsam-fig1", "paper", {}, "scale paper: as published, as far as the paper says"),
+        ("stablesam-fig4", "short", {}, "scale short; 25 of 100 rates; 1000 of 10000 starts"),
+        ("wsam-fig3", "smoke", {}, "blocks: 1 of 4; the first and the last value of the sweep"),
+        ("wsam-table2", "short", {"only": "18"}, "seeds: 1 of 5; blocks that match '18'"),
+    ],
+)  # fmt: skip
+def test_scaled_down(name, scale, changes, line):
+    """An experiment's own epochs and seeds count, not those of the scale."""
+    assert reproduce._scaled_down(job_of(name, scale, **changes)).endswith(line)
+
+
 def test_table_resumes(tmp_path, monkeypatch):
     """Finished runs are read, not run again; tables share them; the paper is quoted beside."""
     job = job_of("wsam-table8", store=tmp_path)
@@ -97,7 +126,7 @@ def test_table_resumes(tmp_path, monkeypatch):
     assert calls == ["sam", "coupled_wsam", "wsam"]
     text = (tmp_path / "wsam-table8.md").read_text()
     assert "| SAM | 10.00 | 3.68 ± 0.06 | +6.32 | 100.0 |" in text
-    assert "Scale smoke: digits in place of every data set" in text
+    assert "Seeds: 1; scale smoke: digits in place of every data set" in text
     reproduce.table(job_of("wsam-table2", store=tmp_path))
     assert calls[3:] == ["base", "esam", "gsam"]  # SAM and WSAM were there
 
@@ -131,6 +160,37 @@ def test_perturbation_along_and_across_the_full_gradient(label):
     np.testing.assert_allclose(metrics.perturbation_norm, 0.2, rtol=1e-4)
 
 
+def test_probes_have_their_number_of_batches():
+    """Also where that is more than an epoch holds: 400 of 128 are more than CIFAR's 45,000."""
+    config = train.Config.read({"subset": 100, "batch_size": 32})
+    run = types.SimpleNamespace(config=config, num_train=100, steps_per_epoch=3)
+    index = np.asarray(reproduce._batches(run, 8, 0))  # type: ignore[arg-type]
+    assert index.shape == (8, 32)
+    for first in (0, 3):
+        assert len(np.unique(index[first : first + 3])) == 96
+    assert not np.array_equal(index[:3], index[3:6])
+
+
+def test_checkpoints_outlive_a_lost_report(tmp_path, monkeypatch):
+    """They go when the report is on disk: what is killed before goes on from them."""
+    settings = {"model": "mlp", "dataset": "digits", "method": "sam", "epochs": 1}
+    cell = reproduce.Cell("b", "SAM", settings)
+    job = job_of("wsam-table2", "short", store=tmp_path)
+    report: dict = {"number": object()}  # no JSON
+
+    def fit(config, out, **_):
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return report
+
+    monkeypatch.setattr(reproduce.train, "fit", fit)
+    with pytest.raises(TypeError):
+        reproduce.obtain(cell, 0, job)
+    assert list(tmp_path.glob("*/checkpoints"))
+    report["number"] = 1
+    assert reproduce.obtain(cell, 0, job) == {"number": 1}
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
 def test_batches_beyond_the_batch(tmp_path):
     """SAM-db and the larger batches train; the second gradient is that of the batch itself."""
     cells = [c for c in reproduce.cells(job_of("fsam-fig2")) if c.label in ("SAM-db", "k = 2")]
@@ -150,6 +210,11 @@ def test_figures(name, tmp_path):
 def test_command_line(capsys, tmp_path):
     assert reproduce.main(["list"]) == 0
     assert "wsam-table2      WSAM, Table 2" in capsys.readouterr().out
+    for wrong in (["--seeds", "0"], ["--only", "["]):
+        with pytest.raises(SystemExit):
+            reproduce.main(["wsam-table6", *wrong])
+    assert "must be above 0, got 0" in (error := capsys.readouterr().err)
+    assert "'[' is no regular expression" in error
     argv = ["wsam-table6", "--scale", "paper", "--results", str(tmp_path)]
     assert reproduce.main(argv) == 2
     error = capsys.readouterr().err

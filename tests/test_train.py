@@ -1,8 +1,10 @@
 """The trainer of examples/train.py."""
 
 import json
+import pathlib
 import sys
 import types
+from typing import Any
 
 import _methods
 import jax
@@ -66,6 +68,21 @@ def test_resume_is_bit_identical(tmp_path):
     assert len(lines) == 4 and lines[0].startswith("epoch,train_loss") and "seen" in lines[0]
     assert (tmp_path / "b" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "b" / "report.json").read_text())["method"] == "composition"
+
+
+def test_killed_while_it_starts(tmp_path, monkeypatch):
+    """Half a config.json is no run: the next command starts anew."""
+    config, half = train.Config.read(TINY), pathlib.Path.write_text
+    run: Any = types.SimpleNamespace(start=lambda: None)
+
+    def killed(path, text):
+        half(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(config, tmp_path, run=run, show=False)
+    train.check_directory(tmp_path, config, resume=True)
 
 
 def test_scan_is_the_loop():
@@ -207,6 +224,17 @@ def test_weight_decay_and_clipping():
     close(updates, jnp.array([-0.1 * 0.1 * 2, -0.1 * 0.5]))
 
 
+def test_momentum_of_sgd_in_a_table():
+    """A table with other arguments of SGD does not drop momentum; its own comes first."""
+    plain = trajectory(train.Config.read({}))
+    assert equal(plain, trajectory(train.Config.read({"base": {"name": "sgd"}})))
+    own = {"base": {"name": "sgd", "momentum": 0.5}}
+    assert equal(
+        trajectory(train.Config.read(own)), trajectory(train.Config.read({"momentum": 0.5}))
+    )
+    assert not equal(plain, trajectory(train.Config.read(own)))
+
+
 def test_learning_rate_schedule():
     config = train.Config(epochs=10, warmup_epochs=2.0, learning_rate=0.5)
     rate = config.learning_rate_schedule(steps_per_epoch=4)
@@ -231,6 +259,19 @@ def test_proportional_rho():
         ({"epochs": 1.5}, "epochs must be of type int, got 1.5"),
         ({"learning_rate": "high"}, "learning_rate must be of type float, got 'high'"),
         ({"rho": -1.0}, r"rho"),
+        ({"rho": "large"}, "`rho` must be a number"),
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"subset": -4}, "subset must be at least 0, got -4"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
+        ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, got 'bf16'"),
+        ({"augment": "mixup"}, r"unknown augmentation \['mixup'\]"),
+        ({"augment": 4}, "augment cannot be 4"),
+        ({"base": 4}, "base cannot be 4"),
+        ({"info": False}, "method 'sam' takes no option 'info'"),
+        ({"policy": "never"}, 'policy is part of a composition; set method = "composition"'),
+        ({"groups": 3}, "a batch of 128 cannot be cut into 3 groups; choose a divisor"),
+        ({"devices": 99}, "devices = 99, but there are 8"),
+        ({"method": "esam", "microbatches": 2}, "method 'esam' takes no microbatches"),
         ({"method": "composition"}, r"needs a \[perturbation\] table"),
         ({"base": "no_such"}, "base: optax has no 'no_such'"),
         ({"base": {"name": "sgd", "speed": 1}}, "base: sgd takes no 'speed'; its arguments: learn"),
@@ -239,6 +280,7 @@ def test_proportional_rho():
         ({"batch_size": 4096}, "a batch of 4096 needs more than the 1437 training examples"),
         ({"batch_size": 31, "devices": 8}, "a batch of 31 cannot be shared by 8 devices"),
         ({"rho": {"schedule": "step"}}, "a schedule is {schedule = linear, cosine or"),
+        ({"rho": {"schedule": "linear", "start": "a", "end": 1}}, "a schedule is {schedule ="),
         (
             {"method": "composition", "perturbation": {"name": "steepest_ascent", "r": 1}},
             "perturbation: steepest_ascent takes no 'r'; its arguments: rho, scale",
@@ -271,6 +313,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert train.main(argv) == 0
     text = capsys.readouterr().out
     assert "best by validation accuracy: rho 0." in text and "%SAM" in text
+    assert "mean" not in text  # over values of rho it would be that of no method
     settings = json.loads((tmp_path / "out" / "rho-0.2-seed-0" / "config.json").read_text())
     assert settings["options"] == {"alpha": 0.2, "rho": 0.2}
     assert (settings["epochs"], settings["width"]) == (1, 0.02)
@@ -280,15 +323,25 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "holds a run; pass --resume" in capsys.readouterr().err
     assert train.main([*argv, "--resume", "--momentum", "0.5"]) == 2
     assert "was run with momentum = 0.9, not 0.5" in capsys.readouterr().err
-    # Another method does not inherit the options of the file's.
+    # A value that cannot be is found before the first run starts, not at its turn.
+    argv[argv.index("--tune") + 3] = "large"
+    assert train.main([*argv, "--resume"]) == 2
+    assert "`rho` must be a number" in capsys.readouterr().err
+    # Another method does not inherit the options of the file's, nor the parts of a composition.
+    file.write_text(file.read_text() + 'perturbation = "steepest_ascent"\n')
     args = train._parser().parse_args(["--config", str(file), "--method", "asam", "--eta", "0.1"])
-    assert train.Config.read(train._settings(args)).options == {"eta": 0.1}
+    config = train.Config.read(train._settings(args))
+    assert (config.options, config.perturbation) == ({"eta": 0.1}, None)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--validation", "0.1", "--tune", "learning-rate", "x"], "learning_rate must be of type"),
         (["--tune", "rho", "0.1"], "--tune ranks by validation accuracy; pass --validation"),
+        (["--resume"], "--resume goes on with the run in --out"),
+        (["--out", __file__], "File exists"),
+        (["--out", __file__ + "/x"], "Not a directory"),
         (["--config", "/no/such.toml"], "--config /no/such.toml: "),
         (["--dataset", "mnist", "--data-dir", "."], "mnist: expected mnist/train-images"),
         (["--method", "gsam", "--k", "2"], "method 'gsam' takes no option 'k'"),
