@@ -16,6 +16,7 @@ noise; elementwise adaptive balls are ten times as large. All other settings are
 """
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -219,6 +220,18 @@ def flatness(loss: Callable, params, num_steps: int = 10) -> Flatness:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
+def accuracy(graphdef: nnx.GraphDef, params, images, labels) -> jax.Array:
+    """Share of the images whose largest logit is their label's."""
+    return jnp.mean(jnp.argmax(nnx.merge(graphdef, params)(images), axis=-1) == labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def measure(graphdef: nnx.GraphDef, params, images, labels) -> Flatness:
+    """How flat the loss over a whole data set is."""
+    return flatness(lambda params: make_loss(graphdef)(params, images, labels), params)
+
+
 def train(
     name: str, rho: float, digits: Digits, args: argparse.Namespace, advance: Callable
 ) -> list[Run]:
@@ -239,18 +252,6 @@ def train(
 
     graphdef, params, opt_state = prepare(0)
 
-    @jax.jit
-    def accuracy(params):
-        logits = nnx.merge(graphdef, params)(jnp.asarray(digits.test_images))
-        return jnp.mean(jnp.argmax(logits, axis=-1) == digits.test_labels)
-
-    @jax.jit
-    def measure(params, labels):
-        def loss(params):
-            return make_loss(graphdef)(params, jnp.asarray(digits.train_images), labels)
-
-        return flatness(loss, params)
-
     # Compiled ahead, so that the clock sees training alone.
     shapes = draw_batches(np.random.default_rng(0), digits.train_labels)
     epoch = jax.jit(make_epoch(graphdef, tx)).lower(params, opt_state, shapes).compile()
@@ -269,11 +270,15 @@ def train(
                 epoch(params, opt_state, batches)
             )
             seconds += time.perf_counter() - start
-            accuracies.append(float(accuracy(params)))
+            test = (digits.test_images, digits.test_labels)
+            accuracies.append(float(accuracy(graphdef, params, *test)))
             losses.append(float(np.mean(loss)))
             ascents.append(float(np.mean(ascended)))
             advance(seed)
-        measured = Flatness(*map(float, measure(params, labels))) if args.diagnostics else None
+        measured = None
+        if args.diagnostics:
+            found = measure(graphdef, params, digits.train_images, labels)
+            measured = Flatness(*map(float, found))
         share = float(np.mean(ascents))
         runs.append(Run(np.array(accuracies), np.array(losses), share, seconds, measured))
     return runs

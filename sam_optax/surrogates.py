@@ -328,7 +328,7 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
         if direction.descent is g:
             return direction
         target, size = magnitude(g), magnitude(direction.descent)
-        ratio = jnp.sqrt(divide(target.square, size.square))
+        ratio = divide(jnp.sqrt(target.square), jnp.sqrt(size.square))
         factor = in_units(ratio, target, size)
         if bounded:
             low = value_at(clip, step)

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -70,7 +71,8 @@ def test_runs_write_table_and_figure(tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys):
+def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "TRAIN", 256)
     output = str(tmp_path / "curves.png")
     argv = ["--methods", "sgd", "sam", "--epochs", "1", "--seeds", "2", "--diagnostics"]
     assert compare.main([*argv, "--output", output]) == 0
@@ -82,9 +84,10 @@ def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys
             assert len(cells) == 9 and all("±" in cell for cell in cells[6:])
 
     # On a quadratic with eigenvalues 4 and 1: a ball of radius r raises the loss by 2 r^2.
-    quadratic = compare.flatness(
-        lambda w: 2 * w[0] ** 2 + w[1] ** 2 / 2 + 1e-6 * w[0], jnp.zeros(2), num_steps=100
-    )
+    def loss(w):
+        return 2 * w[0] ** 2 + w[1] ** 2 / 2 + 1e-6 * w[0]
+
+    quadratic = jax.jit(lambda w: compare.flatness(loss, w, num_steps=100))(jnp.zeros(2))
     expected = (4.0, 5.0, 2 * compare.SHARPNESS_RADIUS**2)
     np.testing.assert_allclose(np.array(quadratic), expected, rtol=1e-3)
 

@@ -167,7 +167,8 @@ def start(output, arguments, process, count, port, devices):
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # The last of two equal flags holds.
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "NUM_PROCESSES": str(count),
         "PROCESS_ID": str(process),
         "COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

@@ -261,6 +261,16 @@ def test_rounding_noise_is_not_reused():
     np.testing.assert_array_equal(updates, -3 * w)
 
 
+def test_renormalized_has_the_clean_length_at_every_scale():
+    """Squares of the two gradients over- and underflow, each by itself and as a quotient."""
+    a, b = (x.ravel() for x in np.meshgrid(*2 * [np.geomspace(1e-36, 1e36, 300)]))
+    a, b = (x[abs(np.log10(a / b)) < 36] for x in (a, b))
+    rule = renormalized(perturbed_gradient())
+    g, gp = np.outer(a, [0.6, 0.8]).astype(np.float32), np.outer(b, [0, 1]).astype(np.float32)
+    found = jax.jit(jax.vmap(lambda g, gp: rule.fresh(g, gp, 0, ())[0].descent))(g, gp)
+    np.testing.assert_allclose(found[:, 1], a, rtol=1e-5)
+
+
 def test_a_quadratic_step_in_closed_form():
     """On 0.5 w^T A w the perturbed gradient is A (w + rho A w / ||A w||)."""
     a, w = np.array([3.0, 1.0, 0.5]), np.array([1.0, -2.0, 4.0])
