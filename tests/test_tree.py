@@ -104,7 +104,7 @@ def test_what_is_not_finite_stays_visible(bad):
         assert not np.isfinite(cosine(leaves, leaves))
 
 
-@pytest.mark.parametrize("power", [-100, -64, -1, 3, 60, 100])
+@pytest.mark.parametrize("power", [-20, -1, 3, 60])
 def test_powers_of_two_change_no_bit(power):
     a, b = draw(3, (31,), (4, 9)), draw(4, (31,), (4, 9))
 
