@@ -126,7 +126,8 @@ def _scaled(settings: dict, job: Job) -> dict:
     if "batch_divisor" in scale:
         out["batch_size"] = max(1, out["batch_size"] // scale["batch_divisor"])
     override = dict(scale.get("override", {}))
-    if "hessian_examples" not in out:
+    # Only where an experiment asks for the Hessian.
+    if not out.setdefault("hessian_examples", 0):
         override.pop("hessian_examples", None)
     out = out | override
     out["model"] = scale.get("models", {}).get(out["model"], out["model"])

@@ -123,7 +123,7 @@ class Config:
     batch_size: int = _setting(128, "examples per step; what is left over waits for the next epoch")
     seed: int = _setting(0, "of everything random")
 
-    hessian_examples: int = _setting(0, "training examples for lambda_max; 0: not computed")
+    hessian_examples: int = _setting(256, "training examples for lambda_max; 0: not computed")
     devices: int = _setting(0, "number of devices; 0: all")
 
     @classmethod

@@ -17,6 +17,7 @@ import train
 from sam_optax.training import StepMetrics
 
 TINY = {"subset": 96, "batch_size": 32, "width": 0.02, "epochs": 3, "devices": 1}
+TINY |= {"hessian_examples": 0}  # no Hessian at the end
 
 ADAPTIVE_FRIENDLY = {
     "method": "composition",
@@ -313,6 +314,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert train.main(argv) == 0
     text = capsys.readouterr().out
     assert "best by validation accuracy: rho 0." in text and "%SAM" in text
+    assert "lambda_max" in text
     assert "mean" not in text  # over values of rho it would be that of no method
     settings = json.loads((tmp_path / "out" / "rho-0.2-seed-0" / "config.json").read_text())
     assert settings["options"] == {"alpha": 0.2, "rho": 0.2}
