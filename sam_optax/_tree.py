@@ -44,11 +44,16 @@ class Magnitude(NamedTuple):
     square: jax.Array
 
     @property
-    def norm(self) -> jax.Array:
-        """The L2 norm."""
+    def root(self) -> jax.Array:
+        """The L2 norm, divided by the unit."""
         # The gradient of sqrt at 0 is infinite: the inner `where` keeps it out of the derivative.
         empty = self.square == 0
-        return jnp.where(empty, 0, self.unit * jnp.sqrt(jnp.where(empty, 1, self.square)))
+        return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, self.square)))
+
+    @property
+    def norm(self) -> jax.Array:
+        """The L2 norm."""
+        return self.unit * self.root
 
 
 def _products(form: Callable[[], tuple], units: tuple | None = None) -> tuple[jax.Array, ...]:
@@ -75,6 +80,8 @@ def _products(form: Callable[[], tuple], units: tuple | None = None) -> tuple[ja
 
 def _rescaled(rare: Any, rescale: Callable[[], tuple], usual: tuple) -> tuple:
     """``rescale()``, which is ``usual`` unless ``rare``."""
+    if not isinstance(rare, jax.core.Tracer):
+        return rescale() if rare else usual
     # On a CPU, a branch saves a pass over memory. An accelerator would wait for the host.
     return jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(rare, rescale, lambda: usual), default=rescale
@@ -138,7 +145,7 @@ def in_units(quotient: jax.Array, a: Magnitude, b: Magnitude) -> jax.Array:
 def norms_and_cosine(a: Any, b: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norms of two trees and the cosine of the angle between them; 0 if one of them is zero."""
     (size_a, size_b), inner = gram(lambda: (a, b))
-    cosine = divide(inner, jnp.sqrt(size_a.square) * jnp.sqrt(size_b.square))
+    cosine = divide(inner, size_a.root * size_b.root)
     return size_a.norm, size_b.norm, cosine
 
 

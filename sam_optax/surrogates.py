@@ -273,7 +273,7 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         size = magnitude(orthogonal)
         noise = 8 * jnp.finfo(size.square.dtype).eps * norm(gp)
         # Dividing by an infinite length makes rounding noise a zero direction.
-        length = jnp.where(size.norm > noise, jnp.sqrt(size.square), jnp.inf)
+        length = jnp.where(size.norm > noise, size.root, jnp.inf)
         unit = jax.tree.map(lambda x: x / size.unit / length, orthogonal)
         return Direction(cast_like(gp, g)), ReuseState(cast_like(unit, state.orthogonal))
 
@@ -328,7 +328,7 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
         if direction.descent is g:
             return direction
         target, size = magnitude(g), magnitude(direction.descent)
-        ratio = divide(jnp.sqrt(target.square), jnp.sqrt(size.square))
+        ratio = divide(target.root, size.root)
         factor = in_units(ratio, target, size)
         if bounded:
             low = value_at(clip, step)
