@@ -522,6 +522,25 @@ def table(job: Job) -> None:
                 axes.legend(fontsize="x-small")
 
 
+def matrix(job: Job) -> None:
+    """A row for each method, a column for each block."""
+    measure = MEASURES[job.experiment["measure"]]
+    blocks: dict[str, None] = {}
+    rows: dict[str, list[str]] = {}
+    shares: dict[str, list[float]] = {}
+    for cell in cells(job):
+        reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
+        blocks.setdefault(cell.block)
+        rows.setdefault(cell.label, [cell.label]).append(
+            _with_std(*_mean_std([measure(report) for report in reports]))
+        )
+        shares.setdefault(cell.label, []).extend(report["percent_sam"] for report in reports)
+    header = [f"{job.experiment['measure']} (%)", *blocks, "%SAM"]
+    _print(
+        job, header, [[*row, _number(statistics.fmean(shares[k]), 1)] for k, row in rows.items()]
+    )
+
+
 def minima(job: Job) -> None:
     """Training loss, test accuracy and the Hessian's largest eigenvalue."""
     rows = []
@@ -726,6 +745,7 @@ def stability(job: Job) -> None:
 KINDS: dict[str, Callable[[Job], None]] = {
     "table": table,
     "grid": grid,
+    "matrix": matrix,
     "minima": minima,
     "curves": curves,
     "distribution": distribution,

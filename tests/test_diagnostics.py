@@ -114,17 +114,19 @@ DEGENERATE = {
 }
 
 
+@jax.jit
+def spectrum(matrix):
+    loss, w = quadratic(matrix), jnp.ones(len(matrix))
+    top = diagnostics.hessian_top_eigenvalues(loss, w, KEY, k=2, num_iters=16)
+    density = diagnostics.hessian_spectral_density(loss, w, KEY, num_iters=16, num_samples=2)
+    return top, density
+
+
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_krylov_spaces_that_end_early(name):
     exact = np.sort(DEGENERATE[name])[::-1]
     for matrix in (np.diag(exact), rotated(exact)):
-        loss = quadratic(matrix)
-        top, (grid, density) = jax.jit(
-            lambda w, loss=loss: (
-                diagnostics.hessian_top_eigenvalues(loss, w, KEY, k=2, num_iters=16),
-                diagnostics.hessian_spectral_density(loss, w, KEY, num_iters=16, num_samples=2),
-            )
-        )(jnp.ones(50))
+        top, (grid, density) = spectrum(jnp.asarray(matrix, jnp.float32))
         np.testing.assert_allclose(top, exact[:2], atol=1e-5 * np.abs(exact).max())
         assert np.all(np.isfinite(density))
         np.testing.assert_allclose(np.trapezoid(density, grid), 1, rtol=1e-4)
