@@ -316,9 +316,9 @@ def sharpness_aware(
             perturbed = jax.tree.map(shift, eps, params, is_leaf=is_hole)
             if info:
                 applied = distance(punch(chosen, perturbed), punch(chosen, params))
-                # Only to have it before the second pass, which then need not keep w and w + eps.
+                # Never so, but XLA has to look before the second pass, and need not keep w for it.
                 perturbed = jax.tree.map(
-                    lambda x: jnp.where(applied < jnp.inf, x, jnp.nan).astype(x.dtype), perturbed
+                    lambda x: jnp.where(applied == -1, jnp.nan, x).astype(x.dtype), perturbed
                 )
             value, gradient, extra = evaluate_here(perturbed)
             gp = average(gradient, axes)

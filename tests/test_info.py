@@ -43,6 +43,18 @@ def test_info_changes_no_parameter_and_no_structure():
         assert jax.tree.all(same)
 
 
+@pytest.mark.parametrize("info", [True, False])
+def test_an_infinite_parameter_that_the_loss_can_bear(info):
+    """As in a mask for a softmax: eps has no norm there, and is right all the same."""
+    w = {"logits": jnp.array([1.0, 2.0, 3.0]), "mask": jnp.array([0.0, 0.0, -jnp.inf])}
+    grad_fn = jax.grad(lambda w: -jax.nn.log_softmax(w["logits"] + w["mask"])[0])
+    tx = sam_optax.sam(optax.sgd(1.0), rho=0.5, info=info)
+    updates, _ = jax.jit(lambda w: tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn))(w)
+    # Two logits 1 apart; eps is a quarter on each of four elements, and they are 2 apart.
+    slope = 1 / (1 + np.exp(-2))
+    np.testing.assert_allclose(updates["logits"], [slope, -slope, 0], rtol=1e-6)
+
+
 def test_only_what_costs_a_sum_is_left_out():
     for i, (with_, without) in enumerate(zip(steps(True), steps(False), strict=True)):
         state, metrics = without[1:]
