@@ -704,15 +704,17 @@ def ksam_step(
         )
         on_part = value_and_grad(_mean_of(losses), loss_scale)
 
+        def on_hard(point, each, args):
+            _, hard = jax.lax.top_k(each, _share_of(gamma, each, args, options))
+            return on_part(point, *options.take(args, hard))[:2]
+
         def clean(point, *args):
             each, aux = losses(point, *args)
-            _, hard = jax.lax.top_k(each, _share_of(gamma, each, args, options))
-            value, gradient, _ = on_part(point, *options.take(args, hard))
-            return jnp.mean(each), gradient, (aux, hard, value)
+            value, gradient = on_hard(point, each, args)
+            return jnp.mean(each), gradient, (aux, each, value)
 
         def perturbed(point, clean_aux, *args):
-            value, gradient, _ = on_part(point, *options.take(args, clean_aux[1]))
-            return value, gradient, ()
+            return *on_hard(point, clean_aux[1], args), ()
 
         result = Step(tx, options, clean, perturbed).run(params, opt_state, args)
         params, opt_state, metrics = _own_aux(result)

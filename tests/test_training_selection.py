@@ -156,15 +156,17 @@ def test_ties_take_the_first_examples():
     np.testing.assert_allclose(new["seen"], -1.5)  # the mean of the first two tags
 
 
+# Of a group of 4 examples, 1, 2 and 3; of the 8 together, 0.6 would be 5.
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 0.6])
 @pytest.mark.parametrize("make", [esam_step, ksam_step])
-def test_selection_within_groups(make):
+def test_selection_within_groups(make, gamma):
     """Two groups: each selects among its own examples, and ascends along its own gradient."""
     _, params = start()
     x, y = batch(1)
     tx = sam_optax.sam(optax.sgd(1.0), rho=RHO)
-    step = jax.jit(make(losses, tx, gamma=0.5))
+    step = jax.jit(make(losses, tx, gamma=gamma))
     halves = [step(params, tx.init(params), x[i : i + 4], y[i : i + 4])[0] for i in (0, 4)]
-    got, _, metrics = jax.jit(make(losses, tx, gamma=0.5, num_groups=2))(
+    got, _, metrics = jax.jit(make(losses, tx, gamma=gamma, num_groups=2))(
         params, tx.init(params), x, y
     )
     assert_close(got, jax.tree.map(lambda a, b: (a + b) / 2, *halves))
