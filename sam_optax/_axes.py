@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sam_optax._tree import cast_like, upcast
+
 
 def axis_names(axis_name: Any) -> tuple:
     """``axis_name``, None, one name or several, as a tuple."""
@@ -35,9 +37,11 @@ def vary(tree: Any, axes: tuple) -> Any:
 
 def average(tree: Any, axes: tuple) -> Any:
     """Mean of the float leaves over the axes; the other leaves do not depend on the shard."""
-    if not axes:
-        return tree
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axes) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x,
-        tree,
-    )
+
+    def mean(x):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            return x
+        # A sum in float16 would overflow, one in bfloat16 stop growing.
+        return cast_like(jax.lax.pmean(upcast(x), axes), x)
+
+    return jax.tree.map(mean, tree) if axes else tree

@@ -344,14 +344,17 @@ def test_microbatches_inside_groups_cut_the_group():
     assert_close(aux, with_aux(params, x, y)[1])
 
 
-def test_microbatches_accumulate_bfloat16_in_float32():
-    """256 + 1 is 256 in bfloat16; the sum over micro-batches must not be taken there."""
-    tx = sam_optax.sam(optax.sgd(1.0), rho=0.0)
-    x = jnp.asarray([256.0] + [1.0] * 255, jnp.bfloat16)
-    step = jax.jit(two_gradient_step(lambda w, x: jnp.mean(w * x), tx, num_microbatches=256))
-    w = jnp.zeros((), jnp.bfloat16)
-    _, _, metrics = step(w, tx.init(w), x)
-    np.testing.assert_allclose(metrics.grad_norm, (256 + 255) / 256, rtol=2**-8)
+@pytest.mark.parametrize("option", ["num_microbatches", "num_groups"])
+def test_parts_of_short_floats_are_averaged_in_float32(option):
+    """256 + 1 is 256 in bfloat16, and 2 * 40000 infinite in float16: no dtype for a sum."""
+    tx = sam_optax.sam(optax.sgd(1e-4), rho=0.0)
+    parts: dict[str, Any] = {option: 256}
+    step = jax.jit(two_gradient_step(lambda w, x: jnp.mean(w * x), tx, **parts))
+    for dtype, first, others in ((jnp.bfloat16, 256, 1), (jnp.float16, 40000, 40000)):
+        x = jnp.asarray([first] + [others] * 255, dtype)
+        w = jnp.zeros((), dtype)
+        _, _, metrics = step(w, tx.init(w), x)
+        np.testing.assert_allclose(metrics.grad_norm, (first + 255 * others) / 256, rtol=2**-8)
 
 
 def test_microbatches_take_less_memory():
