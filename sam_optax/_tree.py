@@ -219,7 +219,7 @@ def check_number(
     """Raise unless a Python number lies in its range; schedules and arrays cannot be compared."""
     if not integer and callable(value):
         return
-    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, np.generic):
+    if isinstance(value, jax.Array | np.ndarray) and not np.ndim(value):
         return
     kind = numbers.Integral if integer else numbers.Real
     open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)

@@ -91,6 +91,7 @@ def test_numbers_outside_their_range(call, argument, value, interval):
         (lambda: sam(BASE, rho="0.1"), r"sam: .*`rho` must be a number .* schedule, got '0.1'"),
         (lambda: sam(BASE, rho=None), r"`rho` must be a number"),
         (lambda: sam(BASE, rho=True), r"`rho` must be a number .*got True"),
+        (lambda: sam(BASE, rho=jnp.array([0.1, 0.2])), r"`rho` must be a number .*got Array"),
         (lambda: lib.look_sam(BASE, k=2.5), r"look_sam: .*`k` must be an integer .*got 2\.5"),
         (lambda: lib.look_sam(BASE, k=True), r"`k` must be an integer"),
         (
