@@ -29,7 +29,16 @@ def upcast(tree: Any) -> Any:
 
 def cast_like(tree: Any, like: Any) -> Any:
     """Every leaf in the dtype of its counterpart."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+
+    def cast(x, y):
+        given, dtype = jnp.result_type(x), jnp.result_type(y)
+        if jnp.issubdtype(given, jnp.floating) and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"sam_optax: gradients must be real floating-point arrays, got {dtype}."
+            )
+        return jnp.asarray(x, dtype)
+
+    return jax.tree.map(cast, tree, like)
 
 
 class Magnitude(NamedTuple):

@@ -317,6 +317,15 @@ def test_parameters_that_cannot_be_perturbed(dtype):
         sam(BASE).init(params)
 
 
+def test_gradients_of_integers():
+    """A direction cut to integers would be no direction."""
+    whole = jax.tree.map(lambda x: x.astype(int), PARAMS)
+    with pytest.raises(TypeError, match="gradients must be real floating-point arrays, got int32"):
+        update(sam(BASE), updates=whole, grad_fn=identity)
+    with pytest.raises(TypeError, match="gradients must be real floating-point arrays, got int32"):
+        steepest_ascent(0.1).update(whole, optax.EmptyState())
+
+
 def test_errors_inside_jit_are_the_same():
     tx = sam(BASE)
     with pytest.raises(ValueError, match="got neither"):
