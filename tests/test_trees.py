@@ -228,6 +228,24 @@ def test_half_precision_gradients_whose_norm_overflows():
     np.testing.assert_allclose(np.asarray(updates, np.float32), -6.0, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", [sam_optax.look_sam, sam_optax.stable_sam])
+@pytest.mark.parametrize("start", [(0.0, 0.0), (1.0, 0.0)])
+def test_derivatives_through_zeros(method, start):
+    """Of steps in a `scan`, at a zero gradient and where the orthogonal part is zero: no NaN."""
+
+    def after(rate, w):
+        tx = method(optax.sgd(rate), rho=RHO)
+
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(2 * w, state, w, grad_fn=lambda p: 2 * p)
+            return (w + updates, state), None
+
+        return jnp.sum(jax.lax.scan(step, (w, tx.init(w)), length=3)[0][0])
+
+    chex.assert_tree_all_finite(jax.jit(jax.grad(after, (0, 1)))(0.1, jnp.array(start)))
+
+
 @every_row
 def test_non_finite_gradients_stay_visible(row):
     """In the updates; and `apply_if_finite` around it steps over them, state and all."""
