@@ -158,17 +158,22 @@ def norms_and_cosine(a: Any, b: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return size_a.norm, size_b.norm, cosine
 
 
-def component_along(a: Any, b: Any) -> jax.Array:
-    """Coefficient c for which c b is the projection of ``a`` onto ``b``; 0 if b = 0."""
+def resized(tree: Any, quotient: jax.Array, a: Magnitude, b: Magnitude) -> Any:
+    """x / y times a tree as long as y, where ``quotient`` is of ``x / a.unit``, ``y / b.unit``."""
+    # In this order: x / y itself can over- or underflow where the result does not.
+    return jax.tree.map(lambda x: x / b.unit * quotient * a.unit, upcast(tree))
+
+
+def project(a: Any, b: Any) -> Any:
+    """Component of ``a`` along ``b``, in float32 at least; 0 if b = 0."""
     (size_a, size_b), inner = gram(lambda: (a, b))
-    # Same sums above and below the line: c is exactly 1 when a and b are the same numbers.
-    return in_units(divide(inner, size_b.square), size_a, size_b)
+    # Same sums above and below the line: it is exactly b when a and b are the same numbers.
+    return resized(b, divide(inner, size_b.square), size_a, size_b)
 
 
 def reject(a: Any, b: Any) -> Any:
     """Component of ``a`` orthogonal to ``b``, in float32 at least."""
-    along = component_along(a, b)
-    return jax.tree.map(lambda x, y: x - along * y, upcast(a), upcast(b))
+    return jax.tree.map(jnp.subtract, upcast(a), project(a, b))
 
 
 def value_at(hyperparameter: ScalarOrSchedule | None, step: Any) -> Any:

@@ -23,8 +23,8 @@ from sam_optax._tree import (
     check_key,
     check_like,
     check_number,
-    component_along,
     magnitude,
+    project,
     prune,
     reject,
     resolve_mask,
@@ -428,9 +428,7 @@ def project_onto() -> optax.GradientTransformationExtraArgs:
     """
 
     def displace(g, params, step, *, direction=None, **extra_args):
-        v = _direction(direction, g, "project_onto")
-        along = component_along(g, v)
-        return jax.tree.map(lambda x: along * x, v)
+        return project(g, _direction(direction, g, "project_onto"))
 
     return _stateless(displace)
 

@@ -20,6 +20,7 @@ from sam_optax._tree import (
     magnitude,
     norm,
     reject,
+    resized,
     upcast,
     value_at,
 )
@@ -329,11 +330,11 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
             return direction
         target, size = magnitude(g), magnitude(direction.descent)
         ratio = divide(target.root, size.root)
-        factor = in_units(ratio, target, size)
+        descent = resized(direction.descent, ratio, target, size)
         if bounded:
-            low = value_at(clip, step)
+            low, factor = value_at(clip, step), in_units(ratio, target, size)
             factor = jnp.minimum(jnp.maximum(factor, low), jnp.sqrt(low))
-        descent = jax.tree.map(lambda x: factor * x, upcast(direction.descent))
+            descent = jax.tree.map(lambda x: factor * x, upcast(direction.descent))
         return direction._replace(descent=cast_like(descent, g))
 
     def fresh(g, gp, step, state):

@@ -88,7 +88,7 @@ def test_methods_cost_what_they_say(row):
         tx = row.build(BASE, info=info)
         flops, memory = cost(tx)
         # XLA's count for a conditional is that of its larger branch.
-        assert flops <= 1.01 * sam_cost()[0]
+        assert flops <= 1.015 * sam_cost()[0]
         assert memory - sam_cost(info)[1] <= (more + 0.5) * COPY
     state = jax.eval_shape(tx.init, PARAMS)
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(base=())))

@@ -264,7 +264,6 @@ def test_rounding_noise_is_not_reused():
 def test_renormalized_has_the_clean_length_at_every_scale():
     """Squares of the two gradients over- and underflow, each by itself and as a quotient."""
     a, b = (x.ravel() for x in np.meshgrid(*2 * [np.geomspace(1e-36, 1e36, 300)]))
-    a, b = (x[abs(np.log10(a / b)) < 36] for x in (a, b))
     rule = renormalized(perturbed_gradient())
     g, gp = np.outer(a, [0.6, 0.8]).astype(np.float32), np.outer(b, [0, 1]).astype(np.float32)
     found = jax.jit(jax.vmap(lambda g, gp: rule.fresh(g, gp, 0, ())[0].descent))(g, gp)
