@@ -163,8 +163,9 @@ def above_gradient_norm(
         decay: :math:`\delta`, in [0, 1).
 
     Returns:
-        A `Policy` with state `GradientNormState`. A non-finite norm leaves the statistics as they
-        were: one overflow does not decide the rest of the run. Cost: one norm per step.
+        A `Policy` with state `GradientNormState`. Where the squared norm is not finite (in float32,
+        from a norm of 1.8e19 on), it does not ascend, and the statistics stay as they were: one
+        overflow does not decide the rest of the run. Cost: one norm per step.
 
     Raises:
         ValueError, TypeError: an argument is outside its range.
