@@ -104,7 +104,7 @@ RENORMALIZED: dict[str, tuple[Callable, Callable]] = {
         np_parts.stabilized(np_parts.reused(0.7), 0.8),
     )
 }
-RULES |= {"renormalized": RENORMALIZED["renormalized perturbed"]}
+RULES["renormalized perturbed"] = RENORMALIZED["renormalized perturbed"]
 
 POLICIES: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
     "always": (always, lambda f: np_parts.always),
