@@ -30,7 +30,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import pathlib
 import platform
 import re
@@ -222,9 +221,7 @@ def remember(path: pathlib.Path, compute: Callable[[], dict]) -> dict:
     if not path.exists():
         result = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(result))
-        os.replace(draft, path)
+        train.write(path, json.dumps(result))
     return json.loads(path.read_text())
 
 

@@ -556,7 +556,7 @@ def _scalars_only(row: dict) -> dict:
     return {k: v for k, v in row.items() if isinstance(v, int | float)}
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, text: str) -> None:
     """All of a file or nothing, whenever the process is killed."""
     draft = path.with_suffix(".tmp")
     draft.write_text(text)
@@ -670,7 +670,7 @@ def fit(
         out = pathlib.Path(out)
         check_directory(out, config, resume)
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         manager, board = _checkpoints(out, checkpoint_every), _tensorboard(out)
         if (done := manager.latest_step()) is not None:
             state, history = _restore(manager, done, state)
@@ -730,7 +730,7 @@ def fit(
     report = _report(run, state, history, before)
     if out is not None:
         _write_curves(out / "curves.png", history)
-        _write(out / "report.json", json.dumps(report, indent=1))
+        write(out / "report.json", json.dumps(report, indent=1))
     if manager is not None:
         manager.close()
     if board is not None:
