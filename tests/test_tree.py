@@ -180,3 +180,10 @@ def test_distance_of_trees():
     assert _tree.distance(a, a) == 0
     short = jnp.ones(3, jnp.bfloat16)
     assert _tree.distance([short], [short + 1]).dtype == jnp.float32
+
+
+def test_a_sum_over_leaves_stays_one_sum():
+    leaves = [f32(3.0, 4.0)] * 40
+    # A chain of 39 additions would be copied into the code of every leaf that reads the norm.
+    program = jax.jit(_tree.norm).lower(leaves).compile().as_text()
+    assert "concatenate(" in program
