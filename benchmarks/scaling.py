@@ -5,13 +5,14 @@
 
 A gradient is one small matrix product, 16 multiplications per element: what is left is the base
 optimizer, the perturbation and the surrogate rule. Two sweeps: parameters in 16 leaves, and leaves
-of 1024 elements. `floor` is the
-same step with two gradients, one base update and no norm. An exponent p is that of time ~ size^p,
-fitted to the larger half of the sweep by least squares in the logarithms.
+of 1024 elements. `floor` is the same step with two gradients, one base update and no norm. An
+exponent p is that of time ~ size^p, fitted to the larger half of the sweep by least squares in the
+logarithms.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -55,11 +56,13 @@ def steps() -> dict[str, tuple[Callable, Callable]]:
     return table
 
 
-def measure(leaves: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(leaves: int, size: int, rounds: int, methods: list[str]) -> dict[str, dict]:
     """Seconds to trace, compile and run (the least of the rounds) for a tree of that shape."""
     x, y = jnp.eye(16) * 1e-2, jnp.float32(1)
     compiled, result = {}, {}
     for name, (init, step) in steps().items():
+        if name not in methods:
+            continue
         params = [jnp.full((max(size // 16, 1), 16), 1e-2) for _ in range(leaves)]
         state = jax.jit(init)(params)
         start = time.perf_counter()
@@ -67,6 +70,7 @@ def measure(leaves: int, size: int, rounds: int) -> dict[str, dict[str, float]]:
         traced = time.perf_counter()
         program = lowered.compile()
         result[name] = {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+        print(f"{leaves} leaves, {name}: {result[name]}", file=sys.stderr, flush=True)
         compiled[name] = program, (params, state)
     times: dict[str, list[float]] = {name: [] for name in compiled}
     for _ in range(rounds + 1):  # the first is a warm-up
@@ -86,12 +90,12 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[-half:]), np.log(seconds[-half:]), 1)[0])
 
 
-def sweep(title: str, shapes: list[tuple[int, int]], sizes: list[int], rounds: int) -> dict:
+def sweep(title: str, shapes: list, sizes: list[int], rounds: int, methods: list[str]) -> dict:
     """Measure every shape (leaves, size), and print a table against ``sizes``."""
     print(f"\n{title}", flush=True)
     print("| method |  | " + " | ".join(f"{size:.0e}" for size in sizes) + " | exponent |")
     print("|:--|:--|" + "--:|" * (len(sizes) + 1))
-    results = [measure(leaves, size, rounds) for leaves, size in shapes]
+    results = [measure(leaves, size, rounds, methods) for leaves, size in shapes]
     table: dict[str, dict] = {}
     for name in results[0]:
         table[name] = {}
@@ -112,7 +116,8 @@ def main() -> None:
     )
     sizes = [float(f"1e{k}") for k in range(5, 9)]
     parser.add_argument("--parameters", type=float, nargs="*", default=sizes)
-    parser.add_argument("--leaves", type=int, nargs="*", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--leaves", type=int, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--methods", nargs="+", choices=list(steps()), default=list(steps()))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     options = parser.parse_args()
@@ -123,11 +128,14 @@ def main() -> None:
     if options.parameters:
         totals = [int(total) for total in options.parameters]
         shapes = [(16, total // 16) for total in totals]
-        report["parameters"] = sweep("Parameters, 16 leaves", shapes, totals, options.rounds)
+        report["parameters"] = sweep(
+            "Parameters, 16 leaves", shapes, totals, options.rounds, options.methods
+        )
     if options.leaves:
         shapes = [(leaves, 1024) for leaves in options.leaves]
-        title = "Leaves of 1024 elements"
-        report["leaves"] = sweep(title, shapes, options.leaves, options.rounds)
+        report["leaves"] = sweep(
+            "Leaves of 1024 elements", shapes, options.leaves, options.rounds, options.methods
+        )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)
