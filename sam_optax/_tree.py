@@ -79,9 +79,10 @@ def _products(form: Callable[[], tuple], units: tuple | None = None) -> tuple[ja
 
         pairs = zip(leaves(i), leaves(j), strict=True)
         sums = [jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in pairs]
-        # Behind a barrier, or XLA takes this sum apart into a chain of additions, which it copies
-        # into the code of every leaf that reads it.
-        return jnp.sum(jax.lax.optimization_barrier(jnp.array(sums, dtype)))
+        parts = jnp.array(sums, dtype)
+        # XLA takes this sum apart into a chain of additions, which it copies into the code of every
+        # leaf that reads it: good for the small problem that becomes one loop, not for many leaves.
+        return jnp.sum(parts if len(sums) <= 32 else jax.lax.optimization_barrier(parts))
 
     squares = [product(i, i, 1) for i in range(len(trees))]
     # By -1 twice: quotients that XLA found in two sums would be written to memory for both.
