@@ -47,8 +47,8 @@ MAPPED = {
 }
 
 
-# Every row where JAX checks what differs between devices, along its own gradient or the mean in turn;
-# where it does not check, and under pmap, which runs the same program, some rows.
+# Every row where JAX checks what differs between devices, along its own gradient or the mean in
+# turn; where it does not check, and under pmap, which runs the same program, some rows.
 SHARDED = [(row, "shard_map", bool(i % 2)) for i, row in enumerate(ROWS)] + [
     (row, mapped, sync)
     for mapped in ("shard_map", "shard_map, unchecked", "pmap")
