@@ -10,6 +10,7 @@ round, in an order that is drawn anew; a ratio is the median over the rounds of 
 round. Parameters are float32, `--dtype` is that of the computation; params and state are donated.
 
 Methods are built with `info=False`; rows that end in `info` have the norms and the cosine as well.
+Rows that end in `by hand` are the method's own floor: its formula, with nothing around it.
 Policies ascend on a stated share `s` of the steps, evenly spread, and keep their own cost; `cond`
 is `two_gradient_step` with a `lax.cond` inside, `host` is `host_dispatched`.
 """
@@ -101,6 +102,43 @@ def optax_step(loss: Callable) -> Entry:
     return Entry("optax.contrib.sam", tx.init, step)
 
 
+def inner(a: Any, b: Any) -> Any:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(jnp.vdot(x, y) for x, y in pairs)
+
+
+def gsam_direction(g: Any, gp: Any) -> Any:
+    along = inner(g, gp) / inner(gp, gp)
+    return jax.tree.map(lambda a, b: b - 0.4 * (a - along * b), g, gp)
+
+
+def stable_direction(g: Any, gp: Any) -> Any:
+    ratio = jnp.sqrt(inner(g, g) / inner(gp, gp))
+    return jax.tree.map(lambda b: ratio * b, gp)
+
+
+BY_HAND = {
+    "sam": lambda g, gp: gp,
+    "gsam": gsam_direction,
+    "coupled_wsam": lambda g, gp: jax.tree.map(lambda a, b: a + 9 * (b - a), g, gp),
+    "stable_sam": stable_direction,
+}
+
+
+def hand_step(loss: Callable, direction: Callable) -> tuple[Callable, Callable]:
+    """A method as one would jot it down: unguarded sums, no checks, nothing in the state."""
+    tx = base_optimizer()
+
+    def step(params, state, x, y):
+        value, g = jax.value_and_grad(loss)(params, x, y)
+        scale = RHO / jnp.sqrt(inner(g, g))
+        gp = jax.grad(loss)(jax.tree.map(lambda w, e: w + scale * e, params, g), x, y)
+        updates, state = tx.update(direction(g, gp), state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return tx.init, step
+
+
 ALWAYS_ASCENDING = {
     "sam": sam_optax.sam,
     "asam": sam_optax.asam,
@@ -150,6 +188,8 @@ def entries(losses: Callable, shares: list[fractions.Fraction]) -> Iterator[Entr
         for info in (False, True):
             tx = method(base_optimizer(), info=info)
             yield Entry(name + " info" * info, tx.init, two_gradient_step(loss, tx))
+        if name in BY_HAND:
+            yield Entry(f"{name} by hand", *hand_step(loss, BY_HAND[name]))
     for share in shares:
         for name, (surrogate, policy) in by_policy().items():
             tx = sharpness_aware(
