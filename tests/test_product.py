@@ -151,12 +151,7 @@ def test_product(perturbation, policy, float64):
     decide, decide_in_numpy = POLICIES[policy]
     methods: dict[str, Any] = {
         name: sharpness_aware(
-            optax.sgd(LEARNING_RATE),
-            perturb(),
-            rule(),
-            decide(),
-            learning_rate=LEARNING_RATE,
-            info=False,
+            optax.sgd(LEARNING_RATE), perturb(), rule(), decide(), learning_rate=LEARNING_RATE
         )
         for name, (rule, _) in rules.items()
     }
@@ -198,6 +193,9 @@ def test_product(perturbation, policy, float64):
             got = flat(jax.tree.map(lambda x, t=t: x[t], params))
             np.testing.assert_allclose(got, wanted.w, rtol=1e-9, atol=1e-11, err_msg=name)
             assert bool(info.ascended[t]) == wanted.ascended, name
+            np.testing.assert_allclose(
+                info.perturbation_norm[t], wanted.perturbation_norm, rtol=1e-9, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("module", [perturbations, surrogates, policies])
