@@ -92,7 +92,7 @@ def check_specs(tx, trees):
     return states
 
 
-@pytest.mark.parametrize("row", ROWS[::2], ids=lambda row: row.name)
+@every_row
 def test_odd_trees(row):
     """Scalars, empty leaves, None, tuples, half precision: structure and dtypes stay."""
     tx = row.build(base())
@@ -116,7 +116,7 @@ def test_empty_trees_and_masks_that_keep_nothing(row):
     chex.assert_tree_all_finite((state.base, state.perturbation, state.surrogate))
 
 
-@pytest.mark.parametrize("row", ROWS[1::2], ids=lambda row: row.name)
+@every_row
 def test_dtypes(row, float64):
     """From half to double precision, alone and mixed: updates and state keep theirs."""
     tx = row.build(base())
