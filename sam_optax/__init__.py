@@ -11,14 +11,22 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from sam_optax import diagnostics, perturbations, policies, surrogates, training
+from sam_optax._method import Method
 from sam_optax._types import (
     Direction,
+    Estimate,
+    MethodState,
     Policy,
     SharpnessAwareState,
     SharpnessInfo,
     SurrogateRule,
 )
-from sam_optax.combinator import sharpness_aware
+from sam_optax.combinator import SharpnessAware, add_decoupled_term, sharpness_aware
+from sam_optax.gradients import (
+    nnx_sharpness_aware_value_and_grad,
+    sharpness_aware_value_and_grad,
+)
+from sam_optax.losses import nnx_sharpness_aware_loss, sharpness_aware_loss
 from sam_optax.variants import (
     ae_look_sam,
     ae_sam,
@@ -46,10 +54,15 @@ except _PackageNotFoundError:  # a checkout on PYTHONPATH
 
 __all__ = [
     "Direction",
+    "Estimate",
+    "Method",
+    "MethodState",
     "Policy",
+    "SharpnessAware",
     "SharpnessAwareState",
     "SharpnessInfo",
     "SurrogateRule",
+    "add_decoupled_term",
     "ae_look_sam",
     "ae_sam",
     "asam",
@@ -61,11 +74,15 @@ __all__ = [
     "gnp",
     "gsam",
     "look_sam",
+    "nnx_sharpness_aware_loss",
+    "nnx_sharpness_aware_value_and_grad",
     "perturbations",
     "policies",
     "proportional_rho",
     "sam",
     "sharpness_aware",
+    "sharpness_aware_loss",
+    "sharpness_aware_value_and_grad",
     "ss_sam",
     "stable_asam",
     "stable_sam",

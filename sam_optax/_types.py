@@ -1,5 +1,7 @@
 """The vocabulary that all parts share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +10,15 @@ import optax
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 """A real hyperparameter: a number, or an Optax schedule of the combinator's ``step``."""
+
+Params = Any
+"""A tree of real floating-point arrays."""
+
+Gradient = Any
+"""A tree like the parameters."""
+
+State = Any
+"""A tree of arrays whose structure, shapes, dtypes and weak types never change."""
 
 
 class Direction(NamedTuple):
@@ -19,8 +30,8 @@ class Direction(NamedTuple):
             from the base optimizer's updates.
     """
 
-    descent: Any
-    decoupled: Any = None
+    descent: Gradient
+    decoupled: Gradient | None = None
 
 
 class SurrogateRule(NamedTuple):
@@ -32,11 +43,16 @@ class SurrogateRule(NamedTuple):
             the clean gradient ``g`` and the perturbed gradient ``gp``, trees alike.
         stale: ``stale(g, step, state) -> (Direction, state)``, on a step that did not. It must
             return the same structure, shapes and dtypes as ``fresh``.
+        probes: whether ``fresh`` looks at more points. It is then called with the keywords
+            ``eps=``, ``params=`` and ``evaluate=`` besides: the displacement (0 where a mask left a
+            leaf out), the parameters, and ``evaluate(point) -> (loss, gradient)`` on the step's own
+            batch, averaged as ``gp`` is.
     """
 
-    init: Callable[[Any], Any]
-    fresh: Callable[[Any, Any, Any, Any], tuple[Direction, Any]]
-    stale: Callable[[Any, Any, Any], tuple[Direction, Any]]
+    init: Callable[[Params], State]
+    fresh: Callable[..., tuple[Direction, State]]
+    stale: Callable[[Gradient, Any, State], tuple[Direction, State]]
+    probes: bool = False
 
 
 class Policy(NamedTuple):
@@ -47,37 +63,54 @@ class Policy(NamedTuple):
         decide: ``decide(g, step, state) -> (ascend, state)``, once per step. ``ascend`` is a
             bool[]; a NumPy bool is a decision at trace time, and then no ``cond`` is built.
         needs_gradient: whether ``decide`` reads ``g``. Where it does not, a step dispatched from
-            the host knows its decisions before the gradients.
+            the host knows its decision before the gradient.
     """
 
-    init: Callable[[Any], Any]
-    decide: Callable[[Any, Any, Any], tuple[Any, Any]]
+    init: Callable[[Params], State]
+    decide: Callable[[Gradient, Any, State], tuple[Any, State]]
     needs_gradient: bool = True
 
 
 class SharpnessInfo(NamedTuple):
     """Scalars about the last step, for people and logs; no step reads them.
 
-    Float fields are float32 (float64 for float64 parameters). With ``info=False``, norms and cosine
-    are NaN.
+    Floats are float32 (float64 for float64 parameters). What the last step did not measure is 0;
+    `ascended` tells. With ``info=False``, the norms and the cosine are None.
 
     Attributes:
         ascended: bool[], whether a perturbed gradient was computed.
         grad_norm: global L2 norm of the clean gradient.
-        perturbation_norm: norm of eps as applied, after rounding to the parameters' dtype; 0 on a
-            step that did not ascend.
-        perturbed_grad_norm: global L2 norm of the perturbed gradient; NaN without ascent.
-        cosine: between the clean and the perturbed gradient; NaN without ascent.
-        perturbed_value: loss at the perturbed parameters; NaN without ascent, or where ``grad_fn``
-            was given in place of ``value_and_grad_fn``.
+        perturbation_norm: norm of eps as applied, after rounding to the parameters' dtype.
+        perturbed_grad_norm: global L2 norm of the perturbed gradient.
+        cosine: between the clean and the perturbed gradient.
+        perturbed_value: loss at the perturbed parameters; 0 where ``grad_fn`` was given in place of
+            ``value_and_grad_fn``.
     """
 
     ascended: jax.Array
-    grad_norm: jax.Array
-    perturbation_norm: jax.Array
-    perturbed_grad_norm: jax.Array
-    cosine: jax.Array
+    grad_norm: jax.Array | None
+    perturbation_norm: jax.Array | None
+    perturbed_grad_norm: jax.Array | None
+    cosine: jax.Array | None
     perturbed_value: jax.Array
+
+
+class MethodState(NamedTuple):
+    """State of a `Method`: what is left of `SharpnessAwareState` without a base optimizer.
+
+    Attributes:
+        step: i32[], counts every step; every schedule is evaluated here.
+        perturbation: state of the perturbation.
+        surrogate: state of the surrogate rule.
+        policy: state of the policy.
+        info: `SharpnessInfo` about the last step.
+    """
+
+    step: jax.Array
+    perturbation: State
+    surrogate: State
+    policy: State
+    info: SharpnessInfo
 
 
 class SharpnessAwareState(NamedTuple):
@@ -93,8 +126,51 @@ class SharpnessAwareState(NamedTuple):
     """
 
     step: jax.Array
-    base: Any
-    perturbation: Any
-    surrogate: Any
-    policy: Any
+    base: State
+    perturbation: State
+    surrogate: State
+    policy: State
+    info: SharpnessInfo
+
+    @property
+    def method(self) -> MethodState:
+        """The state without the base optimizer's."""
+        return MethodState(self.step, self.perturbation, self.surrogate, self.policy, self.info)
+
+    @classmethod
+    def of(cls, base: State, method: MethodState) -> SharpnessAwareState:
+        """Both states in one."""
+        return cls(base=base, **method._asdict())
+
+
+class Evaluation(NamedTuple):
+    """A loss, its gradient and its auxiliary output at one point.
+
+    Attributes:
+        value: the loss, or None where the caller knows the gradient alone.
+        gradient: tree like the parameters.
+        aux: auxiliary output, or ``()``.
+    """
+
+    value: Any
+    gradient: Gradient
+    aux: Any = ()
+
+
+class Estimate(NamedTuple):
+    """What one step of a method found, before any optimizer has seen it.
+
+    Attributes:
+        value: the clean loss.
+        aux: the loss's auxiliary output.
+        grads: what to descend along, in the place of the gradient.
+        decoupled: None, or the surrogate rule's term for ``tx.update(..., decoupled=)``, where the
+            optimizer holds `add_decoupled_term`.
+        info: `SharpnessInfo`.
+    """
+
+    value: Any
+    aux: Any
+    grads: Gradient
+    decoupled: Gradient | None
     info: SharpnessInfo

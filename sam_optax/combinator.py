@@ -8,160 +8,247 @@ r"""`sharpness_aware`: a perturbation, a surrogate rule, a policy and a base opt
     gp  = gradient at w + eps                  the perturbed gradient, same batch, same randomness
     surrogate     (g, gp, state) -> d          what the base optimizer descends along
     base          any Optax transformation, fed d, at the unperturbed w
+
+Everything but the base is a `Method`.
 """
 
+from __future__ import annotations
+
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sam_optax._axes import average, axis_names, tracked, vary, varying
-from sam_optax._tree import (
-    accumulator,
-    cast_like,
+from sam_optax._axes import tracked, varying
+from sam_optax._checks import (
+    check_closed_base,
     check_like,
-    check_number,
-    distance,
-    is_hole,
-    norm,
-    norms_and_cosine,
-    punch,
-    resolve_mask,
-    upcast,
-    value_at,
+    check_params,
+    check_parts,
+    find_states,
+    hyperparameter,
+    is_identity,
 )
+from sam_optax._method import Evaluate, Method
+from sam_optax._tree import cast_like, scale, upcast
 from sam_optax._types import (
-    Direction,
+    Estimate,
+    Evaluation,
+    MethodState,
+    Params,
     Policy,
     ScalarOrSchedule,
     SharpnessAwareState,
-    SharpnessInfo,
+    State,
     SurrogateRule,
 )
 from sam_optax.policies import always
 from sam_optax.surrogates import perturbed_gradient
 
-Evaluate = Callable[[Any], tuple[Any, Any, Any]]
-"""``params -> (loss or NaN, gradient, aux)``."""
+
+class DecoupledTermState(NamedTuple):
+    """State of `add_decoupled_term`: nothing, but it can be found in an optimizer's state."""
 
 
-class SharpnessAware(optax.GradientTransformationExtraArgs):
-    """What `sharpness_aware` returns: an Optax transformation that the training steps can look
-    into.
+_MISSING: Any = object()
 
-    Attributes:
-        policy: its policy.
-        axes: the names in its ``axis_name``.
-        info: whether the norms and the cosine in ``state.info`` are computed.
-        advance: ``update`` with an explicit evaluation, ``advance(updates, state, params, evaluate,
-            aux, extra_args, axes=(), ascend=None) -> (updates, state, aux)``: ``aux`` comes out as
-            the perturbed evaluation's where the step ascended. ``axes`` are averaged over beside
-            ``axis_name``; ``ascend``, a NumPy bool, is a decision that was made elsewhere.
+
+def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
+    r"""Add a surrogate rule's decoupled term to the updates, as `optax.add_decayed_weights` adds
+    weight decay.
+
+    It stands where the term must not be rescaled any more but by the learning rate: behind the
+    moments and in front of the rate. Whatever follows it, or is around it (freezing, parameter
+    groups, injected rates, plateaus), then treats the term as it treats the rest of the update.
+
+    Returns:
+        A stateless transformation; ``update`` needs the keyword ``decoupled``, the term or None. A
+        base within `sharpness_aware` gets it; with the gradient form, it is ``found.decoupled``.
+
+    Raises:
+        TypeError: ``decoupled`` is missing.
+        ValueError: it is not a tree like the updates.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from sam_optax import add_decoupled_term, wsam
+        >>> base = optax.chain(add_decoupled_term(), optax.scale_by_learning_rate(0.5))
+        >>> tx = wsam(base, rho=0.5, gamma=0.75)
+        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
+        >>> w = jnp.array([1.0, 0.0])
+        >>> updates, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # -0.5 * (3 + 3 * (4.5 - 3))
+        [-3.75 -0.  ]
+
+    References:
+        Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
+        Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 2.
     """
 
-    policy: Policy
-    axes: tuple
-    info: bool
-    advance: Callable
-    if TYPE_CHECKING:  # Optax types every state as a tree of arrays; ours has fields to look at
-        init: Callable[[Any], SharpnessAwareState]
-        update: Callable[..., tuple[Any, SharpnessAwareState]]
-
-
-class _Outcome(NamedTuple):
-    direction: Direction
-    surrogate: Any
-    info: SharpnessInfo
-    aux: Any
-
-
-def _info(dtype: Any, **known: Any) -> SharpnessInfo:
-    """Info with NaN where nothing is known; every leaf is an array of its own, to be donated."""
-    fields = {"ascended": False, "perturbation_norm": 0.0} | known
-    return SharpnessInfo(
-        **{
-            name: jnp.array(fields.get(name, jnp.nan), bool if name == "ascended" else dtype)
-            for name in SharpnessInfo._fields
-        }
-    )
-
-
-def _check_params(params: Any) -> None:
-    """Raise unless these are parameters that can be perturbed: all of them, real and floating."""
-    if any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
-        raise ValueError(
-            "sharpness_aware: `optax.masked` or `optax.partition` around it hides leaves, and "
-            "`grad_fn` would not get whole parameters. Put sharpness_aware outside: `mask=` "
-            "chooses the perturbed leaves, and the masked transformation can be its `base`."
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    def update(updates, state, params=None, *, decoupled: Any = _MISSING, **extra_args):
+        if decoupled is _MISSING:
             raise TypeError(
-                "sharpness_aware: parameters must be real floating-point arrays, but "
-                f"`{jax.tree_util.keystr(path)}` is {jnp.result_type(leaf)}. Split such leaves off."
+                "add_decoupled_term: `update` needs the keyword `decoupled=`: put it into the "
+                "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient form."
             )
+        if decoupled is None:
+            return updates, state
+        check_like(decoupled, updates, "add_decoupled_term", "decoupled")
+        total = jax.tree.map(lambda u, term: upcast(u) + upcast(term), updates, decoupled)
+        return cast_like(total, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: DecoupledTermState(), update)
 
 
-def _evaluation(grad_fn: Callable | None, value_and_grad_fn: Callable | None) -> Evaluate:
-    """The one evaluation that the caller gave, as ``params -> (value, gradient, aux)``."""
-    if (grad_fn is None) == (value_and_grad_fn is None):
+def _evaluation(grad_fn: Any, value_and_grad_fn: Any, extra: dict[str, Any]) -> Evaluate:
+    """The one evaluation that the caller gave."""
+    if grad_fn is not None and value_and_grad_fn is not None:
         raise ValueError(
-            "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
-            "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
-            + ("neither." if grad_fn is None else "both.")
+            "sharpness_aware: `update` needs one of `grad_fn=` (params -> gradient) and "
+            "`value_and_grad_fn=` (params -> (loss, gradient)), got both."
         )
     if grad_fn is not None:
-        return lambda params: (jnp.nan, grad_fn(params), ())
-    function: Callable = value_and_grad_fn  # type: ignore[assignment]
+        return lambda params: Evaluation(None, grad_fn(params))
+    if value_and_grad_fn is None:
+        value_and_grad_fn = _from_value(extra)
 
     def evaluate(params):
-        result = function(params)
+        result = value_and_grad_fn(params)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 "sharpness_aware: `value_and_grad_fn` must return (loss, gradient), got "
                 f"{type(result).__name__}. A function that returns a gradient alone is `grad_fn=`."
             )
-        return *result, ()
+        return Evaluation(*result)
 
     return evaluate
 
 
-def _check_evaluation(value: Any, gradient: Any, params: Any) -> None:
-    same = jax.tree.structure(gradient) == jax.tree.structure(params)
-    if not same and isinstance(gradient, tuple):
-        raise TypeError(
-            f"sharpness_aware: the gradient function returned a tuple of {len(gradient)}, not a "
-            "gradient like params. Pass `jax.value_and_grad(loss)` as `value_and_grad_fn=`; with "
-            "`has_aux=True`, drop the auxiliary output: "
-            "`grad_fn=lambda p: jax.grad(loss, has_aux=True)(p)[0]`."
-        )
-    check_like(gradient, params, "sharpness_aware", "the perturbed gradient")
-    if not hasattr(value, "dtype") and not isinstance(value, float | int):
-        raise TypeError(
-            f"sharpness_aware: the loss must be a scalar, got {type(value).__name__}. A loss with "
-            "auxiliary output: `value_and_grad_fn` must drop it and return (loss, gradient)."
-        )
-    if jnp.shape(value):
+def _from_value(extra: dict[str, Any]) -> Callable:
+    """The evaluation from the loss that a line search, or Sophia, is given."""
+    value_fn: Any = extra.get("value_fn", extra.get("obj_fn"))
+    if value_fn is None:
         raise ValueError(
-            f"sharpness_aware: the loss must be a scalar, got shape {jnp.shape(value)}."
+            "sharpness_aware: `update` needs the loss at another point: `grad_fn=` (params -> "
+            "gradient) or `value_and_grad_fn=` (params -> (loss, gradient)), on the clean "
+            "gradient's batch; got neither. In a trainer that calls `update` itself, use another "
+            "form: hand it `sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
+            "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
+            "`jax.value_and_grad`, with a plain optimizer."
         )
+    # Line searches look for the function's further arguments among the keywords, too.
+    asked = list(inspect.signature(value_fn).parameters)[1:]
+    kwargs = {name: extra[name] for name in asked if name in extra}
+    return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)
 
 
-def _check_parts(base: Any, perturbation: Any, surrogate: Any, policy: Any) -> None:
-    for name, part, kind in (
-        ("base", base, optax.GradientTransformation),
-        ("perturbation", perturbation, optax.GradientTransformation),
-        ("surrogate", surrogate, SurrogateRule),
-        ("policy", policy, Policy),
-    ):
-        if not isinstance(part, kind):
-            hint = " Was it meant to be called first?" if callable(part) else ""
-            raise TypeError(
-                f"sharpness_aware: `{name}` must be a {kind.__name__}, got {part!r}.{hint}"
+class Combinator(NamedTuple):
+    """A method around a base optimizer: ``tx.parts`` of what `sharpness_aware` returns.
+
+    Attributes:
+        base: the base optimizer.
+        method: the `Method`.
+        learning_rate: None, or a function of the step: the rate of a decoupled term past the base.
+    """
+
+    base: optax.GradientTransformationExtraArgs
+    method: Method
+    learning_rate: Callable[[Any], Any] | None = None
+
+    def init(self, params: Params) -> SharpnessAwareState:
+        """The state before the first update."""
+        method = self.method.init(params)
+        base = self.base.init(params)
+        if self.learning_rate is not None:
+            check_closed_base(self.base, base, params)
+        return SharpnessAwareState.of(base, method)
+
+    def update(
+        self,
+        updates: Any,
+        state: SharpnessAwareState,
+        params: Params | None = None,
+        *,
+        grad_fn: Callable[[Params], Any] | None = None,
+        value_and_grad_fn: Callable[[Params], tuple[Any, Any]] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, SharpnessAwareState]:
+        """One step, from the clean gradient."""
+        check_params(params)
+        evaluate = _evaluation(grad_fn, value_and_grad_fn, extra_args)
+        axes = tracked(self.method.axes)
+        if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
+            updates = self.method.looking(params, evaluate, axes)(params).gradient
+        found, method = self.method.estimate(
+            params, state.method, Evaluation(None, updates), evaluate, extra_args
+        )
+        return self.descend(found, method, state, params, extra_args)
+
+    def descend(
+        self,
+        found: Estimate,
+        method: MethodState,
+        state: SharpnessAwareState,
+        params: Params,
+        extra_args: dict[str, Any],
+    ) -> tuple[Any, SharpnessAwareState]:
+        """The base optimizer's part of a step, from what the method found."""
+        in_chain = bool(find_states(state.base, DecoupledTermState))
+        past = found.decoupled is not None and self._is_past(in_chain, state.base)
+        if in_chain:
+            extra_args = extra_args | {"decoupled": found.decoupled}
+        updates, base = self.base.update(found.grads, state.base, params, **extra_args)
+        if past:
+            rate: Any = self.learning_rate(state.step)  # type: ignore[misc]
+            step = scale(rate, found.decoupled)
+            updates = cast_like(jax.tree.map(lambda u, s: upcast(u) - s, updates, step), updates)
+        return updates, SharpnessAwareState.of(base, method)
+
+    def _is_past(self, in_chain: bool, base: State) -> bool:
+        """Whether a decoupled term is subtracted past the base; raise unless it goes one way."""
+        if in_chain and self.learning_rate is not None:
+            raise ValueError(
+                "sharpness_aware: the base has `add_decoupled_term`, which applies the surrogate "
+                "rule's decoupled term; leave `learning_rate=` out, or it is applied twice."
             )
+        if not in_chain and self.learning_rate is None:
+            raise ValueError(
+                "sharpness_aware: this surrogate rule has a decoupled term. Put "
+                "`add_decoupled_term()` into `base`, in front of the learning rate: "
+                "`optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
+                "optax.scale_by_learning_rate(rate))`. Or pass `learning_rate=`, that of a closed "
+                "`base` (a number or its schedule)."
+            )
+        for node in find_states(base, optax.MultiStepsState):
+            if find_states(node.inner_opt_state, DecoupledTermState):
+                raise ValueError(
+                    "sharpness_aware: `optax.MultiSteps` hands the chain inside it the decoupled "
+                    "term of the last micro-batch alone. Use `num_microbatches=` of the training "
+                    "steps or of the gradient form, which average both gradients."
+                )
+        return not in_chain
+
+
+class SharpnessAware(optax.GradientTransformationExtraArgs):
+    """What `sharpness_aware` returns: an Optax transformation whose parts can be looked at.
+
+    Its two functions are bound methods of its `Combinator`, so that a copy keeps them.
+
+    Attributes:
+        parts: its `Combinator`, with ``parts.method`` and ``parts.base``.
+    """
+
+    __slots__ = ()
+    if TYPE_CHECKING:  # Optax types every state as a tree of arrays; ours has fields to look at
+        init: Callable[[Any], SharpnessAwareState]
+        update: Callable[..., tuple[Any, SharpnessAwareState]]
+
+    @property
+    def parts(self) -> Combinator:
+        """The method, the base optimizer and the rate of a term past it."""
+        return self.update.__self__  # type: ignore[attr-defined]
 
 
 def sharpness_aware(
@@ -174,7 +261,7 @@ def sharpness_aware(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Descend along what a second gradient, at perturbed parameters, says about the first.
 
@@ -191,8 +278,12 @@ def sharpness_aware(
             `sam_optax.perturbations`; ``optax.chain`` and ``optax.partition`` of such work too.
         surrogate: what to descend along, see `sam_optax.surrogates`.
         policy: when to ascend, see `sam_optax.policies`.
-        learning_rate: for surrogates with a decoupled term alone (`weight_decoupled`), which need
-            it: ``updates = base(d) - learning_rate * term``. A number or a schedule.
+        learning_rate: for surrogates with a decoupled term (`weight_decoupled`) around a closed
+            base, that is one without `add_decoupled_term`: ``updates = base(d) - learning_rate *
+            term``. A number or a schedule: that of the base. The term then passes by whatever is in
+            the base. Where it can be seen that they would part ways (frozen leaves, parameter
+            groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``),
+            that is an error; a rate that the base changes by itself cannot be seen.
         mask: which leaves are perturbed: a tree of bools like the parameters or a prefix of it,
             or a function from the parameters to such a tree; None for all. The others get eps = 0
             and are left out of its norm; the base optimizer updates them all the same.
@@ -203,20 +294,23 @@ def sharpness_aware(
         sync_perturbation: with ``axis_name``: False, each shard ascends along its own gradient
             (m-sharpness); True, all along the mean gradient. The float leaves of the perturbation's
             state are averaged either way.
-        info: whether ``state.info`` holds the norms and the cosine; static. They cost four sums
-            over trees like the parameters, and keep the clean gradient through the second pass.
-            False: they are NaN where the step has to compute them, and it costs no more than the
-            method itself.
+        info: whether ``state.info`` holds the norms and the cosine too; static. They cost four sums
+            over trees like the parameters, keep the clean gradient through the second pass, and
+            with ``axis_name`` send it to the other devices. False: they are None, and the step
+            costs no more than the method itself.
 
     Returns:
-        A ``GradientTransformationExtraArgs``.
+        A `SharpnessAware`, a ``GradientTransformationExtraArgs`` with ``parts.method`` and
+        ``parts.base``.
 
         ``init(params)`` gives a `SharpnessAwareState`.
 
         ``update(updates, state, params, *, grad_fn=None, value_and_grad_fn=None, **extra_args)``
-        takes the clean gradient as ``updates`` and exactly one of ``grad_fn: params -> gradient``
-        and ``value_and_grad_fn: params -> (loss, gradient)``, on the same batch and with the same
-        randomness. Other keywords reach ``base`` and ``perturbation`` untouched. Updates keep the
+        takes the clean gradient as ``updates`` and one of ``grad_fn: params -> gradient`` and
+        ``value_and_grad_fn: params -> (loss, gradient)``, on the same batch and with the same
+        randomness. With neither, the loss that a line search asks for, ``value_fn``, or Sophia's
+        ``obj_fn``, serves. Other keywords, and those two, reach ``base`` and ``perturbation``
+        untouched. Updates keep the
         dtypes of the gradient; eps is computed in float32 at least and rounded once, into w +
         eps.
 
@@ -229,14 +323,15 @@ def sharpness_aware(
         (XLA merges the two). The loss must be this shard's own, not averaged inside.
 
     Cost: one gradient beyond the clean one per ascent; while it lasts, one copy of the perturbed
-    leaves, and the clean gradient, which ``info.cosine`` and most rules read afterwards. What the
-    parts add is in their own docstrings.
+    leaves, and the clean gradient where a rule, or ``info``, reads it afterwards. What the parts
+    add is in their own docstrings.
 
     Reduces to: ``base`` for eps = 0 and for the policy `never`.
 
     Raises:
-        TypeError, ValueError: a part of the wrong kind, a number outside its range; in ``update``,
-            no ``params``, not exactly one gradient function, trees that differ.
+        TypeError, ValueError: a part of the wrong kind, a number outside its range; in ``init``, a
+            base past which ``learning_rate=`` would be wrong; in ``update``, no ``params``, no
+            gradient function or two, trees that differ, a decoupled term that goes no way or both.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -244,7 +339,9 @@ def sharpness_aware(
         >>> from sam_optax.perturbations import steepest_ascent
         >>> from sam_optax.policies import every
         >>> from sam_optax.surrogates import gap_descent
-        >>> tx = sharpness_aware(optax.sgd(0.5), steepest_ascent(0.5), gap_descent(0.25), every(2))
+        >>> tx = sharpness_aware(
+        ...     optax.sgd(0.5), steepest_ascent(0.5), gap_descent(0.25), every(2), info=True
+        ... )
         >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
         >>> w = jnp.array([1.0, 0.0])
         >>> state = tx.init(w)
@@ -252,139 +349,21 @@ def sharpness_aware(
         >>> print(updates, state.info.perturbation_norm)  # -0.5 times the gradient at [1.5, 0]
         [-2.25 -0.  ] 0.5
     """
-    _check_parts(base, perturbation, surrogate, policy)
+    check_parts(
+        "sharpness_aware", base=base, perturbation=perturbation, surrogate=surrogate, policy=policy
+    )
+    rate = None
     if learning_rate is not None:
-        check_number("sharpness_aware", "learning_rate", learning_rate)
-    inner = optax.with_extra_args_support(base)
-    ascent = optax.with_extra_args_support(perturbation)
-    device_axes = axis_names(axis_name)
-
-    def keep(params):
-        # An empty tree has nothing to mask; `optax.tree.map_params` calls `init` with one.
-        if mask is None or not jax.tree.leaves(params):
-            return None
-        return resolve_mask(mask, params, "sharpness_aware")
-
-    def init(params):
-        _check_params(params)
-        return SharpnessAwareState(
-            step=jnp.zeros((), jnp.int32),
-            base=inner.init(params),
-            perturbation=ascent.init(punch(keep(params), params)),
-            surrogate=surrogate.init(params),
-            policy=policy.init(params),
-            info=_info(accumulator(params)),
-        )
-
-    def advance(updates, state, params, evaluate, aux, extra_args, axes=(), ascend=None):
-        if params is None:
+        rate = hyperparameter("sharpness_aware", "learning_rate", learning_rate)
+        if is_identity(base):
             raise ValueError(
-                "sharpness_aware: it perturbs the parameters; pass them: "
-                "`update(grads, state, params, grad_fn=...)`."
+                "sharpness_aware: `base` is the identity, whose updates are gradients; a decoupled "
+                "term times `learning_rate=` would be subtracted from them, away from flatness. "
+                "Give the optimizer that applies them as `base`; or leave `learning_rate=` out, "
+                "and use the gradient form with `add_decoupled_term` in the optimizer."
             )
-        _check_params(params)
-        check_like(updates, params, "sharpness_aware", "the clean gradient")
-        axes = device_axes + tuple(axes)
-        live = tracked(axes)
-
-        def evaluate_here(point):
-            value, gradient, extra = evaluate(vary(point, live))
-            _check_evaluation(value, gradient, params)
-            return value, gradient, extra
-
-        own = updates
-        if any(set(live) - varying(x) for x in jax.tree.leaves(updates)):
-            own = evaluate_here(params)[1]
-        g = average(own, axes)
-        seen = upcast(g if sync_perturbation else own)
-        chosen = keep(params)
-        dtype = accumulator(params)
-
-        def displace():
-            eps, moved = ascent.update(
-                punch(chosen, seen),
-                state.perturbation,
-                punch(chosen, params),
-                **(extra_args | {"step": state.step}),
-            )
-            return eps, cast_like(average(moved, axes), state.perturbation)
-
-        def fresh(eps):
-            def shift(e, p):
-                return p if is_hole(e) else cast_like(upcast(p) + e, p)
-
-            perturbed = jax.tree.map(shift, eps, params, is_leaf=is_hole)
-            if info:
-                applied = distance(punch(chosen, perturbed), punch(chosen, params))
-                # Never so, but XLA has to look before the second pass, and need not keep w for it.
-                perturbed = jax.tree.map(
-                    lambda x: jnp.where(applied == -1, jnp.nan, x).astype(x.dtype), perturbed
-                )
-            value, gradient, extra = evaluate_here(perturbed)
-            gp = average(gradient, axes)
-            direction, moved = surrogate.fresh(g, gp, state.step, state.surrogate)
-            measured: dict[str, Any] = {"perturbation_norm": jnp.nan}
-            if info:
-                before, after, angle = norms_and_cosine(g, gp)
-                measured = {
-                    "grad_norm": before,
-                    "perturbation_norm": average(applied, axes),
-                    "perturbed_grad_norm": after,
-                    "cosine": angle,
-                }
-            value = average(jnp.asarray(value, dtype), axes)
-            numbers = _info(dtype, ascended=True, perturbed_value=value, **measured)
-            return _Outcome(direction, moved, numbers, extra)
-
-        def stale():
-            direction, moved = surrogate.stale(g, state.step, state.surrogate)
-            measured = {"grad_norm": norm(g)} if info else {}
-            return _Outcome(direction, moved, _info(dtype, **measured), aux)
-
-        decision, policy_state = policy.decide(g, state.step, state.policy)
-        decision = decision if ascend is None else ascend
-        eps, perturbation_state = displace()
-        if isinstance(decision, bool | np.bool_):
-            outcome = fresh(eps) if decision else stale()
-        else:
-            # The displacement is formed anew inside the branch: where the step does not ascend,
-            # nothing reads the one above, and XLA drops all of it but the state.
-            outcome = jax.lax.cond(decision, lambda: fresh(displace()[0]), stale)
-
-        direction = outcome.direction
-        result, base_state = inner.update(direction.descent, state.base, params, **extra_args)
-        if direction.decoupled is not None:
-            if learning_rate is None:
-                raise ValueError(
-                    "sharpness_aware: this surrogate rule has a decoupled term; pass "
-                    "`learning_rate=`, that of `base` (a number or its schedule)."
-                )
-            rate = value_at(learning_rate, state.step)
-            moved = jax.tree.map(
-                lambda u, term: upcast(u) - rate * upcast(term), result, direction.decoupled
-            )
-            result = cast_like(moved, result)
-        return (
-            result,
-            SharpnessAwareState(
-                step=jnp.asarray(optax.safe_increment(state.step)),
-                base=base_state,
-                perturbation=perturbation_state,
-                surrogate=outcome.surrogate,
-                policy=policy_state,
-                info=outcome.info,
-            ),
-            outcome.aux,
-        )
-
-    def update(updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args):
-        evaluate = _evaluation(grad_fn, value_and_grad_fn)
-        result, state, _ = advance(updates, state, params, evaluate, (), extra_args)
-        return result, state
-
-    transformation = SharpnessAware(init, update)
-    transformation.policy = policy
-    transformation.axes = device_axes
-    transformation.info = info
-    transformation.advance = advance
-    return transformation
+    method = Method(perturbation, surrogate, policy, mask, axis_name, sync_perturbation, info)
+    combinator = Combinator(
+        optax.with_extra_args_support(base), method.checked("sharpness_aware"), rate
+    )
+    return SharpnessAware(combinator.init, combinator.update)

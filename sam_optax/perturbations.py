@@ -1,14 +1,20 @@
 r"""Where to look: Optax transformations from a gradient to a displacement of the parameters.
 
 The result has the ascent sign: it is *added* to the parameters. Parts chain with ``optax.chain``
-and
-with each other: what changes the direction comes first, what sets the length comes last. The
+and with each other: what changes the direction comes first, what sets the length comes last. The
 combinator hands them the gradient in float32 at least, the parameters, the keyword ``step=`` at
-which schedules are evaluated, and every extra keyword of its own ``update``. Used by themselves
-they keep the gradient's dtype, and ``step`` is 0 where it is not given.
+which schedules are evaluated, the keyword ``grad_fn=`` for those that climb in several steps, and
+every extra keyword of its own ``update``. Used by themselves they keep the gradient's dtype, and
+``step`` is 0 where it is not given.
 
-A part with a running state sees the clean gradient of every step, ascended or not.
+A part with a running state sees the clean gradient of every step, ascended or not. A norm whose
+square leaves float32 (below 1.1e-19 or above 1.8e19) makes a displacement 0, never a NaN.
+
+Hyperparameters are numbers or schedules. Out of range, wherever their value is known, they raise a
+ValueError that names function, argument, value and range; of another kind or shape, a TypeError.
 """
+
+from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
@@ -18,18 +24,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax._checks import check_key, check_like, hyperparameter, resolve_mask
 from sam_optax._tree import (
     cast_like,
-    check_key,
-    check_like,
-    check_number,
-    magnitude,
+    divide,
+    norm,
     project,
     prune,
     reject,
-    resolve_mask,
+    scale,
     upcast,
-    value_at,
 )
 from sam_optax._types import ScalarOrSchedule
 
@@ -44,14 +48,11 @@ def _stateless(displace: Callable) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _onto_sphere(g: Any, scale: Any, radius: Any) -> Any:
+def _onto_sphere(g: Any, t: Any, radius: Any) -> Any:
     """radius * t^2 g / ||t g||; 0 for g = 0."""
-    scaled = g if scale is None else jax.tree.map(jnp.multiply, scale, g)
-    size = magnitude(scaled)
-    # A zero gradient is divided by 1 and stays zero; a NaN stays NaN.
-    length = jnp.sqrt(jnp.where(size.square == 0, 1, size.square))
-    eps = jax.tree.map(lambda x: x / size.unit * (radius / length), scaled)
-    return eps if scale is None else jax.tree.map(jnp.multiply, scale, eps)
+    scaled = g if t is None else jax.tree.map(jnp.multiply, t, g)
+    eps = scale(divide(radius, norm(scaled)), scaled)
+    return eps if t is None else jax.tree.map(jnp.multiply, t, eps)
 
 
 def steepest_ascent(
@@ -94,7 +95,7 @@ def steepest_ascent(
     .. note:: Differences. Public code adds 1e-16 to 1e-7 to the norm or divides by zero; here 0/0
         is guarded, and nothing is added.
     """
-    check_number("steepest_ascent", "rho", rho)
+    radius = hyperparameter("steepest_ascent", "rho", rho)
 
     def displace(g, params, step, **extra_args):
         t = None
@@ -107,7 +108,7 @@ def steepest_ascent(
             t = scale(upcast(params))
             check_like(t, g, "steepest_ascent", "what `scale` returned")
             t = upcast(t)
-        return _onto_sphere(g, t, value_at(rho, step))
+        return _onto_sphere(g, t, radius(step))
 
     return _stateless(displace)
 
@@ -160,8 +161,8 @@ def adaptive_ascent(
         the default here but for normalization scales named otherwise. Another well-known port
         scales every leaf, biases too, with ``eta = 0``: ``adaptive_mask=True``.
     """
-    check_number("adaptive_ascent", "rho", rho)
-    check_number("adaptive_ascent", "eta", eta)
+    radius = hyperparameter("adaptive_ascent", "rho", rho)
+    floor = hyperparameter("adaptive_ascent", "eta", eta)
 
     def displace(g, params, step, **extra_args):
         if params is None:
@@ -171,11 +172,13 @@ def adaptive_ascent(
         else:
             chosen = resolve_mask(adaptive_mask, params, "adaptive_ascent", "adaptive_mask")
         t = jax.tree.map(
-            lambda keep, w: jnp.abs(w) + value_at(eta, step) if keep else jnp.ones_like(w),
+            lambda keep, w: (
+                jnp.abs(w) + jnp.asarray(floor(step), w.dtype) if keep else jnp.ones_like(w)
+            ),
             chosen,
             upcast(params),
         )
-        return _onto_sphere(g, t, value_at(rho, step))
+        return _onto_sphere(g, t, radius(step))
 
     return _stateless(displace)
 
@@ -205,10 +208,8 @@ def gradient_ascent(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
         <https://arxiv.org/abs/2206.06232>`_, ICML 2022 (unnormalized SAM). Algorithm 1, line 7, of
         the AE-SAM paper prints this form, its equation (2) the normalized one.
     """
-    check_number("gradient_ascent", "rho", rho)
-    return _stateless(
-        lambda g, params, step, **extra_args: jax.tree.map(lambda x: value_at(rho, step) * x, g)
-    )
+    size = hyperparameter("gradient_ascent", "rho", rho)
+    return _stateless(lambda g, params, step, **extra_args: scale(size(step), g))
 
 
 def fisher_ascent(
@@ -247,14 +248,14 @@ def fisher_ascent(
     .. note:: Differences. No code of the authors is public; F is built from the minibatch gradient,
         as public ports do.
     """
-    check_number("fisher_ascent", "rho", rho)
-    check_number("fisher_ascent", "eta", eta)
+    radius = hyperparameter("fisher_ascent", "rho", rho)
+    weight = hyperparameter("fisher_ascent", "eta", eta)
 
     def displace(g, params, step, **extra_args):
-        root = jnp.sqrt(jnp.asarray(value_at(eta, step)))
-        # hypot: the square of a large gradient would overflow.
-        t = jax.tree.map(lambda x: 1 / jnp.hypot(jnp.ones_like(x), root.astype(x.dtype) * x), g)
-        return _onto_sphere(g, t, value_at(rho, step))
+        def metric(x):
+            return jax.lax.rsqrt(1 + jnp.asarray(weight(step), x.dtype) * jnp.square(x))
+
+        return _onto_sphere(g, jax.tree.map(metric, g), radius(step))
 
     return _stateless(displace)
 
@@ -283,9 +284,10 @@ def _moving_average(
         return EmaState(optax.tree.zeros_like(upcast(params)), jnp.zeros((), bool))
 
     def update(updates, state, params=None, *, step: Any = 0, **extra_args):
-        g, share = upcast(updates), weight(step)
+        g = upcast(updates)
 
         def move(old, x):
+            share = jnp.asarray(weight(step), x.dtype)
             moved = (1 - share) * old + share * x
             return moved if zero_start else jnp.where(state.started, moved, x)
 
@@ -337,17 +339,16 @@ def subtract_ema(
     .. note:: Differences. The authors' code is ``ema="previous"``. With ``sigma = 1`` the two
         forms have the same direction for the same average, but their averages start apart.
     """
-    check_number("subtract_ema", "sigma", sigma, low=-float("inf"))
-    check_number("subtract_ema", "decay", decay, high=1)
+    share = hyperparameter("subtract_ema", "sigma", sigma, low=-float("inf"))
+    kept = hyperparameter("subtract_ema", "decay", decay, high=1)
     if ema not in ("updated", "previous"):
         raise ValueError(f'subtract_ema: `ema` must be "updated" or "previous", got {ema!r}.')
     updated = ema == "updated"
 
     def displace(g, old, new, step):
-        weight = value_at(sigma, step)
-        return jax.tree.map(lambda x, m: x - weight * m, g, new if updated else old)
+        return jax.tree.map(jnp.subtract, g, scale(share(step), new if updated else old))
 
-    return _moving_average(lambda step: 1 - value_at(decay, step), updated, displace)
+    return _moving_average(lambda step: 1 - kept(step), updated, displace)
 
 
 def variance_suppressed(theta: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -380,8 +381,8 @@ def variance_suppressed(theta: ScalarOrSchedule) -> optax.GradientTransformation
         Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance Suppression
         <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023.
     """
-    check_number("variance_suppressed", "theta", theta, high=1)
-    return _moving_average(lambda step: value_at(theta, step), False, lambda g, old, new, step: new)
+    weight = hyperparameter("variance_suppressed", "theta", theta, high=1)
+    return _moving_average(weight, False, lambda g, old, new, step: new)
 
 
 def _direction(direction: Any, g: Any, function: str) -> Any:
@@ -516,19 +517,19 @@ def random_mask(
         ``chain(random_mask(key, beta, "tensor"), steepest_ascent(rho / beta))``.
     """
     check_key("random_mask", key)
-    check_number("random_mask", "beta", beta, high=1, open_low=True)
+    chance = hyperparameter("random_mask", "beta", beta, high=1, open_low=True)
     if granularity not in ("element", "tensor"):
         raise ValueError(
             f'random_mask: `granularity` must be "element" or "tensor", got {granularity!r}.'
         )
 
     def displace(g, params, step, **extra_args):
-        share = value_at(beta, step)
+        share = chance(step)
 
         def draw(x, key):
             shape = x.shape if granularity == "element" else ()
             keep = jax.random.uniform(key, shape, jnp.float32) < share
-            return jnp.where(keep, x / share, 0)
+            return jnp.where(keep, x / jnp.asarray(share, x.dtype), 0)
 
         return jax.tree.map(draw, g, _leaf_keys(key, step, g))
 

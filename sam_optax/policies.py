@@ -5,7 +5,13 @@ A policy is a `Policy` of two pure functions: ``init(params) -> state`` and
 rule works from the clean gradient alone. Every policy but `always` and `never` puts the second
 gradient under ``jax.lax.cond``: under ``jit`` a skipped ascent is not computed. Under ``vmap`` a
 ``cond`` with a batched predicate becomes a ``select``, and then both sides are computed.
+
+The gradient that a policy is asked with holds the perturbed leaves alone, where a mask leaves some
+out. Arguments out of range, wherever their value is known, raise a ValueError that names function,
+argument, value and range; of another kind or shape, a TypeError.
 """
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -13,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax._tree import accumulator, check_key, check_number, norm, value_at
+from sam_optax._checks import check_key, check_number, hyperparameter
+from sam_optax._tree import accumulator, select, square
 from sam_optax._types import Policy, ScalarOrSchedule
 
 
@@ -114,11 +121,11 @@ def bernoulli(key: jax.Array, probability: ScalarOrSchedule) -> Policy:
         Section 2 of the AE-SAM paper.
     """
     check_key("bernoulli", key)
-    check_number("bernoulli", "probability", probability, high=1)
+    chance = hyperparameter("bernoulli", "probability", probability, high=1)
 
     def decide(step):
         draw = jax.random.uniform(jax.random.fold_in(key, step), dtype=jnp.float32)
-        return draw < value_at(probability, step)
+        return draw < chance(step)
 
     return _stateless(decide)
 
@@ -191,29 +198,29 @@ def above_gradient_norm(
         schedule runs *from* ``lambda_2`` *to* ``lambda_1``.
     """
     check_number("above_gradient_norm", "total_steps", total_steps, low=1, integer=True)
-    check_number("above_gradient_norm", "lambda_1", lambda_1, low=-np.inf)
-    check_number("above_gradient_norm", "lambda_2", lambda_2, low=-np.inf)
-    check_number("above_gradient_norm", "decay", decay, high=1, open_high=True)
+    last = hyperparameter("above_gradient_norm", "lambda_1", lambda_1, low=-np.inf)
+    first = hyperparameter("above_gradient_norm", "lambda_2", lambda_2, low=-np.inf)
+    kept = hyperparameter("above_gradient_norm", "decay", decay, high=1, open_high=True)
 
     def init(params):
         dtype = accumulator(params)
         return GradientNormState(jnp.zeros((), dtype), jnp.full((), np.exp(-5.0), dtype))
 
     def decide(g, step, state):
-        square = jnp.square(norm(g))
-        delta = value_at(decay, step)
-        mean = delta * state.mean + (1 - delta) * square
+        found = square(g)
+        dtype = state.mean.dtype
+        finite = jnp.isfinite(found)
+        size = jnp.where(finite, found, 0).astype(dtype)
+        delta = jnp.asarray(kept(step), dtype)
+        mean = delta * state.mean + (1 - delta) * size
         deviation = jnp.hypot(
-            jnp.sqrt(delta) * state.deviation, jnp.sqrt(1 - delta) * (square - mean)
+            jnp.sqrt(delta) * state.deviation, jnp.sqrt(1 - delta) * (size - mean)
         )
-        fraction = jnp.minimum(step / total_steps, 1)
-        threshold = fraction * value_at(lambda_1, step) + (1 - fraction) * value_at(lambda_2, step)
-        ascend = square >= mean + threshold * deviation
-        keep = jnp.isfinite(square)
-        moved = GradientNormState(mean, deviation)
-        return ascend, jax.tree.map(
-            lambda new, old: jnp.where(keep, new, old).astype(old.dtype), moved, state
-        )
+        fraction = jnp.asarray(jnp.minimum(step / total_steps, 1), dtype)
+        low, high = (jnp.asarray(end(step), dtype) for end in (last, first))
+        threshold = fraction * low + (1 - fraction) * high
+        ascend = finite & (size >= mean + threshold * deviation)
+        return ascend, select(finite, GradientNormState(mean, deviation), state)
 
     return Policy(init, decide)
 

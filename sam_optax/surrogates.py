@@ -3,27 +3,24 @@ direction.
 
 A rule is a `SurrogateRule` of three pure functions. ``fresh`` runs on a step that ascended,
 ``stale`` on one that did not; each returns a `Direction` and the new state. Directions have the
-dtypes of the clean gradient; everything is computed in float32 at least.
+dtypes of the clean gradient; everything is computed in float32 at least. A component along a
+gradient whose squared norm leaves float32 (below 1.1e-19 or above 1.8e19) counts as 0.
+
+Hyperparameters are numbers or schedules. Out of range, wherever their value is known, they raise a
+ValueError that names function, argument, value and range; of another kind or shape, a TypeError.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._tree import (
-    cast_like,
-    check_number,
-    divide,
-    in_units,
-    magnitude,
-    norm,
-    reject,
-    resized,
-    upcast,
-    value_at,
-)
+from sam_optax._checks import hyperparameter, is_array
+from sam_optax._tree import cast_like, divide, norm, reject, scale, upcast
 from sam_optax._types import Direction, ScalarOrSchedule, SurrogateRule
 
 
@@ -59,7 +56,8 @@ def perturbed_gradient() -> SurrogateRule:
 
 def _mix(g: Any, gp: Any, weight: Any) -> Any:
     """(1 - weight) g + weight gp; exact where g = gp, and for weight 1."""
-    return jax.tree.map(lambda x, y: y + (1 - weight) * (x - y), upcast(g), upcast(gp))
+    rest = jnp.asarray(1 - weight)
+    return jax.tree.map(lambda x, y: y + rest.astype(x.dtype) * (x - y), upcast(g), upcast(gp))
 
 
 def interpolated(alpha: ScalarOrSchedule) -> SurrogateRule:
@@ -92,13 +90,21 @@ def interpolated(alpha: ScalarOrSchedule) -> SurrogateRule:
     .. note:: Differences. The authors' code by default replaces the clean gradient in d by its unit
         vector; this is the paper's rule.
     """
-    check_number("interpolated", "alpha", alpha, high=1)
-    return _stateless(lambda g, gp, step: _mix(g, gp, value_at(alpha, step)))
+    weight = hyperparameter("interpolated", "alpha", alpha, high=1)
+    return _stateless(lambda g, gp, step: _mix(g, gp, weight(step)))
 
 
-def _sharpness_weight(gamma: ScalarOrSchedule, step: Any) -> Any:
-    share = value_at(gamma, step)
-    return share / (1 - share)
+def _sharpness_weight(function: str, gamma: ScalarOrSchedule) -> Callable[[Any], Any]:
+    """``step -> gamma / (1 - gamma)``; a traced gamma stays so far below 1 that it is finite."""
+    share = hyperparameter(function, "gamma", gamma, high=1, open_high=True)
+
+    def weight(step):
+        kept = share(step)
+        if is_array(kept):
+            kept = jnp.minimum(upcast(kept), 1 - jnp.finfo(jnp.float32).eps)
+        return kept / (1 - kept)
+
+    return weight
 
 
 def weighted(gamma: ScalarOrSchedule) -> SurrogateRule:
@@ -129,17 +135,18 @@ def weighted(gamma: ScalarOrSchedule) -> SurrogateRule:
         Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
         Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 4 (Coupled-WSAM).
     """
-    check_number("weighted", "gamma", gamma, high=1, open_high=True)
-    return _stateless(lambda g, gp, step: _mix(g, gp, _sharpness_weight(gamma, step)))
+    weight = _sharpness_weight("weighted", gamma)
+    return _stateless(lambda g, gp, step: _mix(g, gp, weight(step)))
 
 
 def weight_decoupled(gamma: ScalarOrSchedule) -> SurrogateRule:
-    r"""Descend along the clean gradient; subtract the weighted sharpness past the base optimizer.
+    r"""Descend along the clean gradient; subtract the weighted sharpness beside the base optimizer.
 
     .. math:: d = g, \qquad \text{decoupled} = \frac{\gamma}{1-\gamma} (g_p - g); \qquad
               \text{stale: decoupled} = 0.
 
-    The combinator multiplies the decoupled term by its ``learning_rate``.
+    The term joins the updates where the base has `add_decoupled_term`, or past a closed base, times
+    the combinator's ``learning_rate``.
 
     Args:
         gamma: weight of the sharpness, in [0, 1); a number or a schedule.
@@ -162,11 +169,10 @@ def weight_decoupled(gamma: ScalarOrSchedule) -> SurrogateRule:
         Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
         Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 2.
     """
-    check_number("weight_decoupled", "gamma", gamma, high=1, open_high=True)
+    weight = _sharpness_weight("weight_decoupled", gamma)
 
     def fresh(g, gp, step, state):
-        weight = _sharpness_weight(gamma, step)
-        term = jax.tree.map(lambda x, y: weight * (y - x), upcast(g), upcast(gp))
+        term = scale(weight(step), jax.tree.map(lambda x, y: y - x, upcast(g), upcast(gp)))
         return Direction(g, cast_like(term, g)), state
 
     def stale(g, step, state):
@@ -206,11 +212,10 @@ def gap_descent(alpha: ScalarOrSchedule) -> SurrogateRule:
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
     """
-    check_number("gap_descent", "alpha", alpha)
+    weight = hyperparameter("gap_descent", "alpha", alpha)
 
     def fresh(g, gp, step):
-        weight = value_at(alpha, step)
-        return jax.tree.map(lambda p, x: p - weight * x, upcast(gp), reject(g, gp))
+        return jax.tree.map(jnp.subtract, upcast(gp), scale(weight(step), reject(g, gp)))
 
     return _stateless(fresh)
 
@@ -264,24 +269,22 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         take them per tensor. The reused direction ages: with long gaps between ascents, or few
         steps in all, it can cost accuracy.
     """
-    check_number("reuse_orthogonal", "alpha", alpha)
+    weight = hyperparameter("reuse_orthogonal", "alpha", alpha)
 
     def init(params):
         return ReuseState(optax.tree.zeros_like(upcast(params)))
 
     def fresh(g, gp, step, state):
         orthogonal = reject(gp, g)
-        size = magnitude(orthogonal)
-        noise = 8 * jnp.finfo(size.square.dtype).eps * norm(gp)
-        # Dividing by an infinite length makes rounding noise a zero direction.
-        length = jnp.where(size.norm > noise, size.root, jnp.inf)
-        unit = jax.tree.map(lambda x: x / size.unit / length, orthogonal)
+        size = norm(orthogonal)
+        noise = 8 * jnp.finfo(size.dtype).eps * norm(gp)
+        unit = scale(divide(1, jnp.where(size > noise, size, 0)), orthogonal)
         return Direction(cast_like(gp, g)), ReuseState(cast_like(unit, state.orthogonal))
 
     def stale(g, step, state):
-        weight = value_at(alpha, step) * norm(g)
-        descent = jax.tree.map(lambda x, v: x + weight * v, upcast(g), state.orthogonal)
-        return Direction(cast_like(descent, g)), state
+        size = norm(g)
+        reused = scale(weight(step) * jnp.where(jnp.isinf(size), 0, size), state.orthogonal)
+        return Direction(cast_like(jax.tree.map(jnp.add, upcast(g), reused), g)), state
 
     return SurrogateRule(init, fresh, stale)
 
@@ -322,27 +325,25 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
         authors' adaptive mode the two norms are scaled by |w|; here they are always plain norms,
         as in the paper.
     """
+    bound: Any = None
     if clip is not None:
-        check_number("renormalized", "clip", clip, high=1, open_low=True, open_high=True)
+        bound = hyperparameter("renormalized", "clip", clip, high=1, open_low=True, open_high=True)
 
-    def rescale(direction, g, step, bounded):
+    def rescale(direction, g, low):
         if direction.descent is g:
             return direction
-        target, size = magnitude(g), magnitude(direction.descent)
-        ratio = divide(target.root, size.root)
-        descent = resized(direction.descent, ratio, target, size)
-        if bounded:
-            low, factor = value_at(clip, step), in_units(ratio, target, size)
+        factor = divide(norm(g), norm(direction.descent), otherwise=1.0)
+        if low is not None:
+            low = jnp.asarray(low, factor.dtype)
             factor = jnp.minimum(jnp.maximum(factor, low), jnp.sqrt(low))
-            descent = jax.tree.map(lambda x: factor * x, upcast(direction.descent))
-        return direction._replace(descent=cast_like(descent, g))
+        return direction._replace(descent=cast_like(scale(factor, direction.descent), g))
 
-    def fresh(g, gp, step, state):
-        direction, state = rule.fresh(g, gp, step, state)
-        return rescale(direction, g, step, clip is not None), state
+    def fresh(g, gp, step, state, **probe):
+        direction, state = rule.fresh(g, gp, step, state, **probe)
+        return rescale(direction, g, None if bound is None else bound(step)), state
 
     def stale(g, step, state):
         direction, state = rule.stale(g, step, state)
-        return rescale(direction, g, step, False), state
+        return rescale(direction, g, None), state
 
-    return SurrogateRule(rule.init, fresh, stale)
+    return SurrogateRule(rule.init, fresh, stale, rule.probes)

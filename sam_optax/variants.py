@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._tree import check_number, value_at
+from sam_optax._checks import check_number
+
+value_at = lambda h, step: h(step) if callable(h) else h
 from sam_optax._types import ScalarOrSchedule
 from sam_optax.combinator import SharpnessAware, sharpness_aware
 from sam_optax.perturbations import (

@@ -1,0 +1,163 @@
+"""A batch among a loss's arguments: cut into parts, and put together again."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_optax._tree import accumulator
+
+
+class Batch(NamedTuple):
+    """Which arguments are the batch.
+
+    Attributes:
+        function: whom errors name.
+        argnums: positions among the arguments after the parameters; None for all.
+    """
+
+    function: str
+    argnums: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, function: str, argnums: int | Sequence[int] | None) -> Batch:
+        """Checked, from what a user gave."""
+        if argnums is None:
+            return cls(function)
+        several: Any = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in several):
+            raise TypeError(
+                f"{function}: `batch_argnums` must be an integer or several integers, got "
+                f"{argnums!r}."
+            )
+        return cls(function, tuple(int(i) for i in several))
+
+    def positions(self, args: tuple) -> tuple[int, ...]:
+        """Positions of the batch among the arguments."""
+        for i in self.argnums or ():
+            if not 0 <= i < len(args):
+                raise ValueError(
+                    f"{self.function}: `batch_argnums` names argument {i}, but the loss gets "
+                    f"{len(args)} positional arguments after the parameters (counted from 0)."
+                )
+        return tuple(range(len(args))) if self.argnums is None else self.argnums
+
+    def over(self, function: Callable, args: tuple) -> tuple:
+        """The arguments, with ``function(path, leaf)`` applied to every leaf of the batch."""
+        chosen = self.positions(args)
+        return tuple(
+            jax.tree_util.tree_map_with_path(lambda p, x, i=i: function(((i,), *p), x), arg)
+            if i in chosen
+            else arg
+            for i, arg in enumerate(args)
+        )
+
+    def size(self, args: tuple) -> int:
+        """The one leading axis of the batch."""
+        sizes: dict[int, str] = {}
+
+        def measure(path, x):
+            where = f"args[{path[0][0]}]{jax.tree_util.keystr(path[1:])}"
+            if not jnp.ndim(x):
+                raise ValueError(
+                    f"{self.function}: every batch argument needs a leading batch axis, but "
+                    f"`{where}` is a scalar. Name the batch with `batch_argnums=`."
+                )
+            sizes.setdefault(jnp.shape(x)[0], where)
+            return x
+
+        self.over(measure, args)
+        if len(sizes) != 1:
+            found = ", ".join(f"{size} at `{where}`" for size, where in sizes.items()) or "none"
+            raise ValueError(
+                f"{self.function}: the batch arguments must share one leading axis; found {found}. "
+                "Name the batch with `batch_argnums=`."
+            )
+        return next(iter(sizes))
+
+    def check_keywords(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise where a keyword argument looks like a part of the batch, which is not cut there."""
+        if self.argnums is not None:
+            return
+        size = self.size(args)
+        for path, x in jax.tree_util.tree_leaves_with_path(kwargs):
+            if np.ndim(x) and np.shape(x)[0] == size:
+                raise ValueError(
+                    f"{self.function}: the keyword argument `{jax.tree_util.keystr(path)}` has the "
+                    f"batch's leading axis, {size}, but only positional arguments are cut. Pass it "
+                    "by position; or, if it belongs to no example, name the batch with "
+                    "`batch_argnums=`."
+                )
+
+    def cut(self, args: tuple, parts: int, name: str, *, interleaved: bool = False) -> tuple:
+        """The arguments, with every leaf of the batch as (parts, size / parts, ...).
+
+        Interleaved, part i has the examples i, i + parts, ...: then every part of a batch that is
+        sharded over devices is sharded alike, and none has to move.
+        """
+        size = self.size(args)
+        if size % parts:
+            raise ValueError(
+                f"{self.function}: a batch of {size} cannot be cut into `{name}` = {parts} equal "
+                "parts; choose a divisor of the batch size."
+            )
+
+        def reshape(_, x):
+            rest = jnp.shape(x)[1:]
+            if interleaved:
+                return jnp.swapaxes(jnp.reshape(x, (size // parts, parts, *rest)), 0, 1)
+            return jnp.reshape(x, (parts, size // parts, *rest))
+
+        return self.over(reshape, args)
+
+    def take(self, args: tuple, index: Any) -> tuple:
+        """The arguments, with every leaf of the batch indexed along its leading axis."""
+        return self.over(lambda _, x: jnp.asarray(x)[index], args)
+
+    def join(
+        self, stacked: Any, part: Any, whole: Any, *, interleaved: bool, reduce: Callable
+    ) -> Any:
+        """Auxiliary output of a whole batch, from that of its parts, stacked.
+
+        Args:
+            stacked: the parts' output.
+            part, whole: what one part's output, and the whole batch's, look like.
+            interleaved: as in `cut`.
+            reduce: ``reduce(leaf)`` for a leaf that does not follow the batch.
+        """
+
+        def put_together(path, x, one, all_):
+            if one.shape == all_.shape:
+                return reduce(x)
+            # The batch is the one axis that is as many times longer as there are parts.
+            for i in range(len(one.shape)):
+                if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:
+                    return jnp.reshape(jnp.moveaxis(x, 0, i + interleaved), all_.shape)
+            raise ValueError(
+                f"{self.function}: auxiliary output `aux{jax.tree_util.keystr(path)}` of shape "
+                f"{one.shape} on each of {len(x)} parts of the batch cannot be put together to "
+                f"{all_.shape}, that of the whole batch. Only one axis may follow the batch."
+            )
+
+        return jax.tree_util.tree_map_with_path(put_together, stacked, part, whole)
+
+
+def reduce_output(x: jax.Array) -> jax.Array:
+    """Of a leaf that does not follow the batch: floats averaged, counts added, flags any."""
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+        return jnp.sum(x, axis=0, dtype=x.dtype)
+    if x.dtype == bool:
+        return jnp.any(x, axis=0)
+    return reduce_state(x)
+
+
+def reduce_state(x: jax.Array) -> jax.Array:
+    """Of a model's variable: running statistics averaged; counters and keys moved alike."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
+    return x[0]

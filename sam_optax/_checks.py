@@ -1,0 +1,249 @@
+"""What is asked of what people hand in, and what they are told when it does not hold."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sam_optax._tree import is_hole
+from sam_optax._types import Policy, SurrogateRule
+
+
+def is_array(x: Any) -> bool:
+    """Whether this is an array of JAX or NumPy."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def check_number(
+    function: str,
+    argument: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raise unless a number lies in its range; a tracer must be a scalar, a schedule can wait."""
+    if not integer and callable(value):
+        return
+    kind = numbers.Integral if integer else numbers.Real
+    open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    wanted = f"{'an integer' if integer else 'a number'} in {interval}"
+    wrong_kind = f"{wanted}{'' if integer else ' or an Optax schedule'}"
+    if is_array(value):
+        dtype = jnp.integer if integer else np.number
+        if np.ndim(value) or not jnp.issubdtype(value.dtype, dtype):
+            raise TypeError(
+                f"{function}: `{argument}` must be {wrong_kind}, got an array of shape "
+                f"{np.shape(value)} and dtype {value.dtype}."
+            )
+        if isinstance(value, jax.core.Tracer):
+            return
+        value = np.asarray(value).item()
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{function}: `{argument}` must be {wrong_kind}, got {value!r}.")
+    number = float(value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below):
+        raise ValueError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
+
+
+def hyperparameter(function: str, argument: str, value: Any, *args: Any, **range_: Any) -> Callable:
+    """``step -> number``, from a number or a schedule, checked wherever its value is known."""
+    check_number(function, argument, value, *args, **range_)
+    if not callable(value):
+        return lambda step: value
+
+    def at(step):
+        found = value(step)
+        check_number(function, f"{argument}(step)", found, *args, **range_)
+        return found
+
+    return at
+
+
+def check_key(function: str, key: Any) -> None:
+    """Raise unless this is a PRNG key."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{function}: `key` must be a PRNG key such as jax.random.key(0), got {key!r}."
+        )
+
+
+def check_like(tree: Any, params: Any, function: str, name: str) -> None:
+    """Raise, naming the first path that differs, unless a tree has the shapes of ``params``."""
+    got, wanted = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (tree, params)
+    )
+    for path in wanted | got:
+        if path not in got or path not in wanted:
+            side, other = (name, "params") if path in got else ("params", name)
+            raise ValueError(
+                f"{function}: {name} must be a tree like params, but {side} has a leaf at "
+                f"`{path or '.'}` that {other} lacks."
+            )
+        if jnp.shape(got[path]) != jnp.shape(wanted[path]):
+            raise ValueError(
+                f"{function}: {name} must have the shapes of params, but at `{path or '.'}` it has "
+                f"{jnp.shape(got[path])} instead of {jnp.shape(wanted[path])}."
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(params):
+        raise ValueError(
+            f"{function}: {name} must be a tree like params, but its containers differ: "
+            f"{jax.tree.structure(tree)} instead of {jax.tree.structure(params)}."
+        )
+
+
+def check_params(params: Any, function: str = "sharpness_aware") -> None:
+    """Raise unless these are parameters that can be perturbed: all of them, real and floating."""
+    if params is None:
+        raise ValueError(
+            f"{function}: it perturbs the parameters; pass them: "
+            "`update(grads, state, params, grad_fn=...)`."
+        )
+    if any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
+        raise ValueError(
+            f"{function}: `optax.masked` or `optax.partition` around it hides leaves, and "
+            "`grad_fn` would not get whole parameters. Put it outside: `mask=` chooses the "
+            "perturbed leaves, and the masked transformation can be its `base`."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where = jax.tree_util.keystr(path)
+        if not (is_array(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise TypeError(
+                f"{function}: parameters must be real floating-point arrays, but `{where}` is a "
+                f"{type(leaf).__name__}. Split such leaves off; in Equinox, hand over "
+                "`eqx.filter(model, eqx.is_inexact_array)`."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{function}: parameters must be real floating-point arrays, but "
+                f"`{where}` is {jnp.result_type(leaf)}. Split such leaves off."
+            )
+
+
+def check_parts(function: str, **parts: Any) -> None:
+    """Raise unless the parts of a method, and its base, are of their kinds."""
+    kinds = {"surrogate": SurrogateRule, "policy": Policy}
+    for name, part in parts.items():
+        kind = kinds.get(name, optax.GradientTransformation)
+        if not isinstance(part, kind):
+            hint = " Was it meant to be called first?" if callable(part) else ""
+            raise TypeError(f"{function}: `{name}` must be a {kind.__name__}, got {part!r}.{hint}")
+
+
+def check_evaluation(value: Any, gradient: Any, params: Any) -> None:
+    """Raise unless a gradient function returned a scalar loss, or None, and a gradient."""
+    same = jax.tree.structure(gradient) == jax.tree.structure(params)
+    if not same and isinstance(gradient, tuple):
+        raise TypeError(
+            f"sharpness_aware: the gradient function returned a tuple of {len(gradient)}, not a "
+            "gradient like params. Pass `jax.value_and_grad(loss)` as `value_and_grad_fn=`; with "
+            "`has_aux=True`, drop the auxiliary output: "
+            "`grad_fn=lambda p: jax.grad(loss, has_aux=True)(p)[0]`."
+        )
+    check_like(gradient, params, "sharpness_aware", "the perturbed gradient")
+    if value is None:
+        return
+    if not hasattr(value, "dtype") and not isinstance(value, float | int):
+        raise TypeError(
+            f"sharpness_aware: the loss must be a scalar, got {type(value).__name__}. A loss with "
+            "auxiliary output: `value_and_grad_fn` must drop it and return (loss, gradient)."
+        )
+    if jnp.shape(value):
+        raise ValueError(
+            f"sharpness_aware: the loss must be a scalar, got shape {jnp.shape(value)}."
+        )
+
+
+def resolve_mask(mask: Any, params: Any, function: str, name: str = "mask") -> Any:
+    """A mask, given as a tree, a prefix or a function of ``params``, as one bool for every leaf."""
+
+    def spread(keep, subtree):
+        traced = isinstance(keep, jax.core.Tracer)
+        if traced or np.ndim(keep) or np.asarray(keep).dtype != bool:
+            raise TypeError(
+                f"{function}: every leaf of `{name}` must be one bool, known when tracing; got "
+                f"{keep!r}."
+            )
+        return jax.tree.map(lambda _: bool(keep), subtree)
+
+    tree = mask(params) if callable(mask) else mask
+    try:
+        return jax.tree.map(spread, tree, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{function}: `{name}` must be a tree of bools like params, or a prefix of it. {error}"
+        ) from None
+
+
+# --- Optimizers, looked into ----------------------------------------------------------------------
+
+
+def find_states(opt_state: Any, *kinds: type) -> list:
+    """Every state of these kinds in an optimizer's state, however deep, outermost first."""
+
+    def is_one(x):
+        return isinstance(x, kinds)
+
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+
+
+def is_identity(tx: optax.GradientTransformation) -> bool:
+    """Whether a transformation hands on what it is given, as `optax.identity` does."""
+    leaf = object()
+    try:
+        return tx.update(leaf, tx.init(leaf), leaf)[0] is leaf  # type: ignore[arg-type]
+    except Exception:  # it looked into the leaf, so that it does something
+        return False
+
+
+def _is_cut_off(update: Any, updates: Any) -> bool:
+    """Whether some leaf of ``update(updates)`` does not depend on ``updates``, as if frozen."""
+    jaxpr = jax.make_jaxpr(update)(updates).jaxpr
+    reached = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(not hasattr(x, "val") and x in reached for x in equation.invars):
+            reached.update(equation.outvars)
+    return any(hasattr(x, "val") or x not in reached for x in jaxpr.outvars)
+
+
+def check_closed_base(base: Any, state: Any, params: Any) -> None:
+    """Raise where a base would treat a decoupled term past it unlike the rest of its updates."""
+    cure = (
+        "Put the term into the chain, where the base treats it as it treats the rest: "
+        "`base = optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
+        "optax.scale_by_learning_rate(rate))`, without `learning_rate=`."
+    )
+    wrappers = {
+        optax.MultiStepsState: "between its emits, `optax.MultiSteps` moves nothing",
+        optax.PartitionState: "the groups of `optax.partition` have rates of their own",
+        optax.InjectStatefulHyperparamsState: (
+            "`optax.inject_hyperparams` lets the base's rate be changed"
+        ),
+        optax.contrib.ReduceLROnPlateauState: "`reduce_on_plateau` scales the base's rate",
+        optax.ApplyIfFiniteState: "`optax.apply_if_finite` would hold back the rest alone",
+    }
+    reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
+    if find_states(state, optax.MaskedState) and _is_cut_off(
+        lambda updates: base.update(updates, state, params)[0], params
+    ):
+        reasons.append("the base freezes some leaves")
+    if reasons:
+        raise ValueError(
+            "sharpness_aware: with `learning_rate=` the decoupled term is subtracted past the "
+            f"base, but {reasons[0]}. {cure}"
+        )

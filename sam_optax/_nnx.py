@@ -1,0 +1,116 @@
+"""Flax NNX: a loss of a model as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+def import_nnx(function: str) -> Any:
+    """``flax.nnx``, or an error that says how to get it."""
+    try:
+        from flax import nnx
+    except ImportError as error:
+        raise ImportError(f"{function} needs Flax: pip install 'sam_optax[flax]'.") from error
+    return nnx
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where an NNX object stood among the arguments."""
+
+    index: int
+
+
+class Functional(NamedTuple):
+    """A model, and the NNX objects among a loss's arguments, taken apart.
+
+    Every evaluation works on a copy: both passes see the same running statistics and the same keys,
+    and no pass mutates what another reads.
+
+    Attributes:
+        params: the parameters, pure.
+        rest: all other variables, of the model and of the objects, pure.
+        args: the arguments, with slots where objects stood.
+        loss: ``(params, *args) -> (loss, aux)``, where aux is ``(aux, rest)`` afterwards.
+        write: ``write(params, rest)`` puts values into the model and the objects; None leaves the
+            parameters.
+    """
+
+    params: Any
+    rest: Any
+    args: tuple
+    loss: Callable
+    write: Callable
+
+
+def functional(
+    function: str,
+    loss_fn: Callable,
+    model: Any,
+    wrt: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    has_aux: bool,
+) -> Functional:
+    """Take a model and a loss apart; ``wrt`` says which variables are parameters."""
+    nnx = import_nnx(function)
+    objects: list = []
+
+    def is_object(x):
+        return isinstance(x, nnx.Pytree | nnx.Variable)
+
+    def take_out(x):
+        if not is_object(x):
+            return x
+        objects.append(x)
+        return _Slot(len(objects) - 1)
+
+    slotted = jax.tree.map(take_out, (args, kwargs), is_leaf=is_object)
+    is_param = nnx.filterlib.to_predicate(wrt)
+    node = (model, tuple(objects))
+    graph, chosen, rest = nnx.split(
+        node, lambda path, value: path[0] == 0 and is_param(path[1:], value), ...
+    )
+    params, rest = nnx.as_pure(chosen).get(0, nnx.State({})), nnx.as_pure(rest)
+
+    def put_back(tree, copies):
+        return jax.tree.map(
+            lambda x: copies[x.index] if isinstance(x, _Slot) else x,
+            tree,
+            is_leaf=lambda x: isinstance(x, _Slot),
+        )
+
+    def loss(params, *args):
+        copy, copies = nnx.merge(graph, nnx.State({0: params}), rest, copy=True)
+        result = loss_fn(copy, *put_back(args, copies), **put_back(slotted[1], copies))
+        after = nnx.as_pure(
+            nnx.split(
+                (copy, copies), lambda path, value: path[0] == 0 and is_param(path[1:], value), ...
+            )[2]
+        )
+        if jax.tree.structure(after) != jax.tree.structure(rest):
+            raise ValueError(
+                f"{function}: the loss must leave the model the variables it has, but it added or "
+                "removed some. Intermediates: call the model within `nnx.capture` in the loss, and "
+                "return them as auxiliary output."
+            )
+        if not has_aux:
+            return result, ((), after)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{function}: with has_aux=True the loss must return (loss, aux), got "
+                f"{type(result).__name__}."
+            )
+        return result[0], (result[1], after)
+
+    def write(params, rest):
+        if params is not None:
+            nnx.update(model, params)
+        nnx.update(node, rest)
+
+    return Functional(params, rest, slotted[0], loss, write)
