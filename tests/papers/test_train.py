@@ -1,4 +1,4 @@
-"""The trainer of examples/train.py."""
+"""The trainer."""
 
 import json
 import pathlib
@@ -6,14 +6,13 @@ import sys
 import types
 from typing import Any
 
-import _methods
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train
 
+from examples.papers import methods, train
 from sam_optax.training import StepMetrics
 
 TINY = {"subset": 96, "batch_size": 32, "width": 0.02, "epochs": 3, "devices": 1}
@@ -206,7 +205,7 @@ def trajectory(config, steps=3):
     return params
 
 
-@pytest.mark.parametrize("method", _methods.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_by_name(method):
     moved = trajectory(train.Config.read({"method": method}))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(moved))
@@ -247,8 +246,8 @@ def test_proportional_rho():
     config = train.Config.read(
         {"method": "gsam", "rho": {"schedule": "proportional", "start": 0.4, "end": 0.1}}
     )
-    setting = _methods.Setting(config.learning_rate_schedule(4), 0.1, 80, jax.random.key(0))
-    rho = _methods._number_or_schedule(config.options["rho"], setting)
+    setting = methods.Setting(config.learning_rate_schedule(4), 0.1, 80, jax.random.key(0))
+    rho = methods._number_or_schedule(config.options["rho"], setting)
     np.testing.assert_allclose([rho(0), rho(40), rho(80)], [0.4, 0.25, 0.1], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import sam_optax
 
-PATH = Path(__file__).parent.parent / "examples" / "compare.py"
+PATH = Path(__file__).parents[2] / "examples" / "compare.py"
 SPEC = importlib.util.spec_from_file_location("compare", PATH)
 assert SPEC is not None and SPEC.loader is not None
 compare = importlib.util.module_from_spec(SPEC)
