@@ -80,7 +80,7 @@ def test_example_helps(path, capsys, monkeypatch):
     if path in PROGRAMS:
         module = importlib.import_module(PROGRAMS[path])
     else:
-        monkeypatch.syspath_prepend(path.parent)  # as Python does
+        monkeypatch.syspath_prepend(path.parent)  # as Python does for a script
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
