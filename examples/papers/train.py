@@ -494,28 +494,29 @@ def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int)
 # --- Files and screen -----------------------------------------------------------------------------
 
 
-def _mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN: fields of the second gradient, over steps that ascended."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+def _mean(values: np.ndarray, steps: np.ndarray) -> float:
+    """The mean over some steps; NaN if there are none."""
+    return float(np.mean(values[steps])) if steps.any() else float("nan")
 
 
 def _summary(steps: dict[str, np.ndarray]) -> dict[str, float]:
     """An epoch's row of metrics, from its steps."""
     g, gp, cosine = steps["grad_norm"], steps["perturbed_grad_norm"], steps["cosine"]
+    ascended = steps["ascended"]  # The others measured nothing of a second gradient.
+    moved = ascended & (gp > 0)
     return {
         "train_loss": float(np.mean(steps["loss"])),
         "train_accuracy": float(np.mean(steps["accuracy"])),
-        "perturbed_loss": _mean(steps["perturbed_loss"]),
-        "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"]),
-        "percent_sam": 100 * float(np.mean(steps["ascended"])),
+        "perturbed_loss": _mean(steps["perturbed_loss"], ascended),
+        "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"], ascended),
+        "percent_sam": 100 * float(np.mean(ascended)),
         "grad_norm": float(np.mean(g)),
         "squared_grad_norm": float(np.mean(np.square(g))),
-        "perturbed_grad_norm": _mean(gp),
+        "perturbed_grad_norm": _mean(gp, ascended),
         "perturbation_norm": float(np.mean(steps["perturbation_norm"])),
-        "cosine": _mean(cosine),
-        "norm_ratio": _mean(g / np.where(gp > 0, gp, np.nan)),
-        "alignment": _mean(cosine * g * gp - np.square(g)),
+        "cosine": _mean(cosine, ascended),
+        "norm_ratio": _mean(g / np.where(moved, gp, 1), moved),
+        "alignment": _mean(cosine * g * gp - np.square(g), ascended),
     }
 
 

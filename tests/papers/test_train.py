@@ -169,6 +169,29 @@ def test_lambda_max():
     np.testing.assert_allclose(run.lambda_max(state), by_hand, rtol=1e-2)
 
 
+def test_means_are_over_the_steps_that_measured():
+    """A second gradient is that of the steps that ascended, whatever the others hold."""
+    measured = {
+        "loss": [1.0, 2.0, 6.0],
+        "accuracy": [0.0, 0.5, 1.0],
+        "perturbed_loss": [3.0, 0.0, 7.0],
+        "grad_norm": [2.0, 1.0, 3.0],
+        "perturbed_grad_norm": [4.0, 0.0, 0.0],
+        "perturbation_norm": [0.5, 0.0, 0.1],
+        "cosine": [0.5, 0.0, 0.0],
+    }
+    steps = {name: np.array(values) for name, values in measured.items()}
+    row = train._summary(steps | {"ascended": np.array([True, False, True])})
+    wanted = {"perturbed_loss": 5.0, "surrogate_gap": 1.5, "perturbed_grad_norm": 2.0}
+    # 2 / 4, where there is a quotient; (0.5 * 2 * 4 - 4 - 9) / 2.
+    wanted |= {"cosine": 0.25, "norm_ratio": 0.5, "alignment": -4.5}
+    wanted |= {"train_loss": 3.0, "grad_norm": 2.0}
+    assert {name: row[name] for name in wanted} == wanted
+    np.testing.assert_allclose(row["percent_sam"], 200 / 3)
+    never = train._summary(steps | {"ascended": np.zeros(3, bool)})
+    assert np.isnan(never["perturbed_loss"]) and never["percent_sam"] == 0
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 SAME = [
