@@ -19,6 +19,7 @@ import argparse
 import datetime
 import fractions
 import functools
+import inspect
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ import optax
 from models import MODELS, count, problem
 
 import sam_optax
-from sam_optax import perturbations, policies, sharpness_aware, surrogates
+from sam_optax import perturbations, policies, sharpness_aware, surrogates, variants
 from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradient_step
 
 RHO = 0.05
@@ -139,22 +140,6 @@ def hand_step(loss: Callable, direction: Callable) -> tuple[Callable, Callable]:
     return tx.init, step
 
 
-ALWAYS_ASCENDING = {
-    "sam": sam_optax.sam,
-    "asam": sam_optax.asam,
-    "fisher_sam": sam_optax.fisher_sam,
-    "gsam": sam_optax.gsam,
-    "wsam": functools.partial(sam_optax.wsam, learning_rate=LEARNING_RATE),
-    "coupled_wsam": sam_optax.coupled_wsam,
-    "stable_sam": sam_optax.stable_sam,
-    "stable_asam": sam_optax.stable_asam,
-    "friendly_sam": sam_optax.friendly_sam,
-    "friendly_asam": sam_optax.friendly_asam,
-    "vasso": sam_optax.vasso,
-    "gnp": sam_optax.gnp,
-}
-
-
 def by_policy() -> dict[str, tuple]:
     """Surrogate rule and policy of the methods that do not always ascend."""
     draw = policies.bernoulli(jax.random.key(0), 0.5)
@@ -165,6 +150,17 @@ def by_policy() -> dict[str, tuple]:
         "ae_sam": (surrogates.perturbed_gradient(), adaptive),
         "ae_look_sam": (surrogates.reuse_orthogonal(0.3), adaptive),
     }
+
+
+def always_ascending() -> Iterator[tuple[str, Callable]]:
+    """The library's other methods, in the order in which it defines them."""
+    for name, method in vars(variants).items():
+        if name not in sam_optax.__all__ or getattr(method, "__module__", "") != variants.__name__:
+            continue
+        parameters = inspect.signature(method).parameters
+        if "base" in parameters and name not in by_policy():
+            given = {"learning_rate": LEARNING_RATE} if "learning_rate" in parameters else {}
+            yield name, functools.partial(method, **given)
 
 
 def driven(policy: sam_optax.Policy, share: fractions.Fraction) -> sam_optax.Policy:
@@ -184,7 +180,7 @@ def entries(losses: Callable, shares: list[fractions.Fraction]) -> Iterator[Entr
     yield base_step(loss)
     yield floor_step(loss)
     yield optax_step(loss)
-    for name, method in ALWAYS_ASCENDING.items():
+    for name, method in always_ascending():
         for info in (False, True):
             tx = method(base_optimizer(), info=info)
             yield Entry(name + " info" * info, tx.init, two_gradient_step(loss, tx))

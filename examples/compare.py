@@ -31,35 +31,18 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from papers import methods
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-import sam_optax as so
 from sam_optax import diagnostics
 
-METHODS = {
-    "sgd": "SGD",
-    "sam": "SAM",
-    "asam": "ASAM",
-    "fisher_sam": "Fisher SAM",
-    "gsam": "GSAM",
-    "wsam": "WSAM",
-    "coupled_wsam": "Coupled WSAM",
-    "friendly_sam": "Friendly SAM",
-    "friendly_asam": "Friendly ASAM",
-    "stable_sam": "StableSAM",
-    "stable_asam": "StableASAM",
-    "vasso": "VaSSO",
-    "gnp": "GNP",
-    "look_sam": "LookSAM",
-    "ss_sam": "SS-SAM",
-    "ae_sam": "AE-SAM",
-    "ae_look_sam": "AE-LookSAM",
-}
+METHODS = ("sgd", *methods.NAMED)
 DEFAULT = ("sgd", "sam", "asam", "wsam", "friendly_sam", "stable_sam", "ae_sam", "ae_look_sam")
-
+# With label noise, the AE-SAM paper has the same thresholds for both of its methods.
+OPTIONS = {"ae_look_sam": {"lambda_1": -1.0, "lambda_2": 1.0}}
 
 TRAIN = 1347  # images, of 1797
 SHARPNESS_RADIUS = 0.2  # of one ball for all methods, whatever they trained with
@@ -83,18 +66,12 @@ def build(
     total_steps: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of one row."""
-    if name == "sgd":  # as the policy that never ascends: one loop serves all rows
-        return so.sharpness_aware(
-            base, so.perturbations.steepest_ascent(rho), policy=so.policies.never()
-        )
-    needs = {
-        "wsam": {"learning_rate": learning_rate},
-        "ss_sam": {"key": jax.random.key(0)},
-        "ae_sam": {"total_steps": total_steps},
-        # With label noise, the AE-SAM paper has the same thresholds for both of its methods.
-        "ae_look_sam": {"total_steps": total_steps, "lambda_1": -1.0, "lambda_2": 1.0},
-    }
-    return getattr(so, name)(base, rho=rho, **needs.get(name, {}))
+    peak = float(jnp.asarray(learning_rate(0)))
+    setting = methods.Setting(learning_rate, peak, total_steps, jax.random.key(0))
+    if name == "sgd":  # through the same door: one loop serves all rows
+        return methods.optimizer("base", {}, base, setting, info=False)
+    options = {"rho": rho} | OPTIONS.get(name, {})
+    return methods.optimizer(name, options, base, setting, info=False)
 
 
 class Digits(NamedTuple):
@@ -317,7 +294,7 @@ def tabulate(results: dict[str, tuple[float, list[Run]]], args: argparse.Namespa
         table.add_column(heading, justify="right")
     for name, (rho, runs) in results.items():
         table.add_row(
-            METHODS[name],
+            name,
             "-" if name == "sgd" else f"{rho:g}",
             mean_and_std([100 * run.accuracy[-1] for run in runs], 1),
             mean_and_std([run.loss[-1] for run in runs], 3),
@@ -342,7 +319,7 @@ def draw(results: dict[str, tuple[float, list[Run]]], output: Path) -> None:
             mean, std = np.mean(curve, axis=0), np.std(curve, axis=0)
             epochs = np.arange(1, len(mean) + 1)
             (line,) = panel.plot(
-                epochs, mean, color=color, label=METHODS[name], marker="." * (len(mean) == 1)
+                epochs, mean, color=color, label=name, marker="." * (len(mean) == 1)
             )
             panel.fill_between(
                 epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0
@@ -447,9 +424,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar = progress.add_task("", total=len(args.methods) * args.seeds * args.epochs)
         for name in args.methods:
             rho = default_rho(name) if args.rho is None else args.rho
-            progress.update(bar, description=f"{METHODS[name]}, compiling")
+            progress.update(bar, description=f"{name}, compiling")
 
-            def advance(seed: int, label: str = METHODS[name]) -> None:
+            def advance(seed: int, label: str = name) -> None:
                 progress.update(bar, advance=1, description=f"{label}, seed {seed}")
 
             results[name] = (rho, train(name, rho, digits, args, advance))

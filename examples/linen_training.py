@@ -52,7 +52,7 @@ def create(key, total_steps):
         optax.clip_by_global_norm(1.0), optax.add_decayed_weights(1e-4), optax.sgd(schedule, 0.9)
     )
     variables = Net().init(key, jnp.zeros((1, 8, 8, 1)), train=False)
-    tx = sam_optax.gsam(base, rho=0.1, alpha=0.2)
+    tx = sam_optax.gsam(base, rho=0.1, alpha=0.2, info=True)
     return State.create(apply_fn=Net().apply, tx=tx, **variables)
 
 

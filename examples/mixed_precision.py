@@ -58,7 +58,8 @@ def main(argv=None):
 
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32)
-    tx = sam_optax.sam(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3)), rho=0.05)
+    base = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    tx = sam_optax.sam(base, rho=0.05, info=True)
     step = two_gradient_step(loss_fn, tx, skip_nonfinite=True)
 
     @jax.jit

@@ -55,7 +55,7 @@ def only_normalization(params):
 
     The norm of the gradient runs over them alone, so that eps has the whole radius.
     """
-    tx = sam_optax.asam(optax.adam(1e-2), rho=0.5, mask=named("norm"))
+    tx = sam_optax.asam(optax.adam(1e-2), rho=0.5, mask=named("norm"), info=True)
     step = jax.jit(two_gradient_step(loss_fn, tx))
     return step(params, tx.init(params), *batch())
 
@@ -63,7 +63,7 @@ def only_normalization(params):
 def only_adapter(params):
     """LoRA: the frozen weights are an argument like the batch; no gradient, no state for them."""
     frozen = {name: value for name, value in params.items() if name != "lora"}
-    tx = sam_optax.friendly_sam(optax.adam(1e-2), rho=0.05)
+    tx = sam_optax.friendly_sam(optax.adam(1e-2), rho=0.05, info=True)
     adapter_loss = lambda lora, frozen, x, y: loss_fn({**frozen, "lora": lora}, x, y)  # noqa: E731
     step = jax.jit(two_gradient_step(adapter_loss, tx, batch_argnums=(1, 2)))
     return step(params["lora"], tx.init(params["lora"]), frozen, *batch())
@@ -84,7 +84,7 @@ def radius_per_group(params):
             "lora": "left alone",
         },
     )
-    tx = sharpness_aware(optax.adam(1e-2), groups)
+    tx = sharpness_aware(optax.adam(1e-2), groups, info=True)
     step = jax.jit(two_gradient_step(loss_fn, tx))
     return step(params, tx.init(params), *batch())
 

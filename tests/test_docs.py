@@ -18,7 +18,14 @@ import sam_optax
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-EXAMPLES = [path for path in ROOT.glob("examples/*.py") if not path.name.startswith("_")]
+SCRIPTS = [path for path in ROOT.glob("examples/*.py") if not path.name.startswith("_")]
+# Of an application's modules, those that are run: by name, from the root.
+PROGRAMS = {
+    path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.glob("examples/*/*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+}
+EXAMPLES = [*SCRIPTS, *PROGRAMS]
 SMOKE = re.compile(r"^# smoke:(.*)$", re.MULTILINE)
 MODULES = [
     info.name for info in pkgutil.walk_packages(sam_optax.__path__, prefix=f"{sam_optax.__name__}.")
@@ -57,8 +64,9 @@ def run(path: Path, arguments: str, directory: Path) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": " ".join(flags),
     }
+    program = ["-m", PROGRAMS[path]] if path in PROGRAMS else [str(path)]
     result = subprocess.run(
-        [sys.executable, str(path), *shlex.split(arguments)],
+        [sys.executable, *program, *shlex.split(arguments)],
         cwd=directory,
         env=environment,
         capture_output=True,
@@ -68,11 +76,15 @@ def run(path: Path, arguments: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_helps(path, capsys):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_example_helps(path, capsys, monkeypatch):
+    if path in PROGRAMS:
+        module = importlib.import_module(PROGRAMS[path])
+    else:
+        monkeypatch.syspath_prepend(path.parent)  # as Python does for a script
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0

@@ -1,15 +1,18 @@
 # smoke: list
 """The four papers' tables and figures, one subcommand each.
 
-    python examples/reproduce.py list
-    python examples/reproduce.py wsam-table6 --scale smoke
-    python examples/reproduce.py wsam-table6 --scale short --data-dir DIR
-    python examples/reproduce.py wsam-table6 --scale paper --data-dir DIR --only "20 %"
-    python examples/reproduce.py aesam-fig2 --scale short --data-dir DIR --replace cifar100=cifar10
-    python examples/reproduce.py all --scale smoke
+From the root of the repository:
+
+    python -m examples.papers.reproduce list
+    python -m examples.papers.reproduce wsam-table6 --scale smoke
+    python -m examples.papers.reproduce wsam-table6 --scale short --data-dir DIR
+    python -m examples.papers.reproduce wsam-table6 --scale paper --data-dir DIR --only "20 %"
+    python -m examples.papers.reproduce aesam-fig2 --scale short --data-dir DIR \\
+        --replace cifar100=cifar10
+    python -m examples.papers.reproduce all --scale smoke
 
 Every experiment prints its numbers beside the published ones, and what was scaled down; figures are
-written as PNG. Settings and published numbers are data, in ``paper_settings.toml``. All scales run
+written as PNG. Settings and published numbers are data, in ``settings.toml``. All scales run
 the same code, that of ``train.py``.
 
 Finished runs are JSON files in ``--results``, one for each set of settings and seed, and the rest
@@ -41,20 +44,20 @@ import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import _data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import train
 from rich.console import Console
 from rich.table import Table
 
 import sam_optax
+from examples.papers import data as data_sets
+from examples.papers import train
 from sam_optax import diagnostics
 from sam_optax.training import StepMetrics
 
-SETTINGS = tomllib.loads((pathlib.Path(__file__).parent / "paper_settings.toml").read_text())
+SETTINGS = tomllib.loads((pathlib.Path(__file__).parent / "settings.toml").read_text())
 SCALES = SETTINGS.pop("scale")
 
 
@@ -436,7 +439,7 @@ def _print(job: Job, header: list[str], rows: list[list[str]]) -> None:
 
 def _heading(job: Job) -> str:
     """What was run, where and when."""
-    command = "python examples/reproduce.py " + " ".join(job.args.argv)
+    command = "python -m examples.papers.reproduce " + " ".join(job.args.argv)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     versions = (
         f"jax {jax.__version__}, optax {optax.__version__}, Python {platform.python_version()}"
@@ -778,8 +781,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def pair(text):
         old, _, new = text.partition("=")
-        if old not in _data.NAMES or new not in _data.NAMES:
-            raise argparse.ArgumentTypeError(f"OLD=NEW, two of {', '.join(_data.NAMES)}")
+        if old not in data_sets.NAMES or new not in data_sets.NAMES:
+            raise argparse.ArgumentTypeError(f"OLD=NEW, two of {', '.join(data_sets.NAMES)}")
         return old, new
 
     def regex(text):
@@ -837,7 +840,7 @@ def _reproduce(name: str, args: argparse.Namespace, root: pathlib.Path, console:
     kind = "minima" if experiment.get("measure") == "minima" else "table"
     try:
         KINDS[experiment.get("kind", kind)](job)
-    except (_data.DataError, NoSuchBlock) as error:
+    except (data_sets.DataError, NoSuchBlock) as error:
         print(f"reproduce.py {name}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""The trainer of examples/train.py."""
+"""The trainer."""
 
 import json
 import pathlib
@@ -6,14 +6,13 @@ import sys
 import types
 from typing import Any
 
-import _methods
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train
 
+from examples.papers import methods, train
 from sam_optax.training import StepMetrics
 
 TINY = {"subset": 96, "batch_size": 32, "width": 0.02, "epochs": 3, "devices": 1}
@@ -170,6 +169,29 @@ def test_lambda_max():
     np.testing.assert_allclose(run.lambda_max(state), by_hand, rtol=1e-2)
 
 
+def test_means_are_over_the_steps_that_measured():
+    """A second gradient is that of the steps that ascended, whatever the others hold."""
+    measured = {
+        "loss": [1.0, 2.0, 6.0],
+        "accuracy": [0.0, 0.5, 1.0],
+        "perturbed_loss": [3.0, 0.0, 7.0],
+        "grad_norm": [2.0, 1.0, 3.0],
+        "perturbed_grad_norm": [4.0, 0.0, 0.0],
+        "perturbation_norm": [0.5, 0.0, 0.1],
+        "cosine": [0.5, 0.0, 0.0],
+    }
+    steps = {name: np.array(values) for name, values in measured.items()}
+    row = train._summary(steps | {"ascended": np.array([True, False, True])})
+    wanted = {"perturbed_loss": 5.0, "surrogate_gap": 1.5, "perturbed_grad_norm": 2.0}
+    # 2 / 4, where there is a quotient; (0.5 * 2 * 4 - 4 - 9) / 2.
+    wanted |= {"cosine": 0.25, "norm_ratio": 0.5, "alignment": -4.5}
+    wanted |= {"train_loss": 3.0, "grad_norm": 2.0}
+    assert {name: row[name] for name in wanted} == wanted
+    np.testing.assert_allclose(row["percent_sam"], 200 / 3)
+    never = train._summary(steps | {"ascended": np.zeros(3, bool)})
+    assert np.isnan(never["perturbed_loss"]) and never["percent_sam"] == 0
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 SAME = [
@@ -206,7 +228,7 @@ def trajectory(config, steps=3):
     return params
 
 
-@pytest.mark.parametrize("method", _methods.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_by_name(method):
     moved = trajectory(train.Config.read({"method": method}))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(moved))
@@ -247,8 +269,8 @@ def test_proportional_rho():
     config = train.Config.read(
         {"method": "gsam", "rho": {"schedule": "proportional", "start": 0.4, "end": 0.1}}
     )
-    setting = _methods.Setting(config.learning_rate_schedule(4), 0.1, 80, jax.random.key(0))
-    rho = _methods._number_or_schedule(config.options["rho"], setting)
+    setting = methods.Setting(config.learning_rate_schedule(4), 0.1, 80, jax.random.key(0))
+    rho = methods._number_or_schedule(config.options["rho"], setting)
     np.testing.assert_allclose([rho(0), rho(40), rho(80)], [0.4, 0.25, 0.1], rtol=1e-6)
 
 

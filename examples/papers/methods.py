@@ -18,37 +18,37 @@ import jax
 import optax
 
 import sam_optax
-from sam_optax import perturbations, policies, surrogates
+from sam_optax import perturbations, policies, surrogates, variants
 
 NAMED: dict[str, Callable] = {
-    name: getattr(sam_optax, name)
-    for name in (
-        "sam asam fisher_sam gsam wsam coupled_wsam stable_sam stable_asam friendly_sam "
-        "friendly_asam look_sam ss_sam ae_sam ae_look_sam vasso gnp"
-    ).split()
+    name: function
+    for name, function in vars(variants).items()
+    if name in sam_optax.__all__
+    if getattr(function, "__module__", None) == variants.__name__  # defined, not imported, there
+    if "base" in inspect.signature(function).parameters
 }
+"""The library's methods, in the order in which it defines them."""
 
 
-def _esam(base, key, rho: Any = 0.05, beta: Any = 0.5):
+def _esam(base, key, rho: Any = 0.05, beta: Any = 0.5, *, info: bool = False):
     """ESAM's perturbation; its selection of examples is `esam_step`'s."""
     masked = optax.chain(perturbations.steepest_ascent(rho), perturbations.random_mask(key, beta))
-    return sam_optax.sharpness_aware(base, masked)
+    return sam_optax.sharpness_aware(base, masked, info=info)
 
 
-def _base(base):
+def _base(base, *, info: bool = False):
     """The base optimizer alone, through the same door as everything else."""
     ascent = perturbations.steepest_ascent(0.0)
-    return sam_optax.sharpness_aware(base, ascent, policy=policies.never())
+    return sam_optax.sharpness_aware(base, ascent, policy=policies.never(), info=info)
 
 
 METHODS: dict[str, Callable] = {"base": _base, **NAMED, "esam": _esam, "ksam": sam_optax.sam}
 # The share of the batch that the second gradient is taken on belongs to the step.
 STEP_OPTIONS = {"esam": {"gamma": 0.5}, "ksam": {"gamma": 0.5}}
-# Filled in by `optimizer`, or for other programs.
-_FILLED = (
-    *("base", "learning_rate", "total_steps", "key", "mask", "axis_name", "sync_perturbation"),
-    "info",  # The trainer's metrics.
-)
+# What only a run knows, by the names of parameters.
+_KNOWN = ("learning_rate", "total_steps", "key")
+# No options: filled in by `optimizer`, or for other programs.
+_FILLED = ("base", *_KNOWN, "mask", "axis_name", "sync_perturbation", "info")
 
 
 class Setting(NamedTuple):
@@ -65,6 +65,12 @@ class Setting(NamedTuple):
     peak: float
     total_steps: int
     key: jax.Array
+
+
+def _known(function: Callable, setting: Setting) -> dict[str, Any]:
+    """The arguments of a function that only the run knows."""
+    parameters = inspect.signature(function).parameters
+    return {name: getattr(setting, name) for name in _KNOWN if name in parameters}
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -123,10 +129,7 @@ def _part(module: Any, spec: Any, setting: Setting, what: str) -> Any:
     if not callable(function) or str(name).startswith("_"):
         raise ValueError(f"{what}: {module.__name__} has no {name!r}")
     parameters = inspect.signature(function).parameters
-    filled: dict[str, Any] = {}
-    for key in ("learning_rate", "total_steps", "key"):
-        if key in parameters and key not in spec:
-            filled[key] = getattr(setting, key)
+    filled = _known(function, setting)
     for key, value in spec.items():
         if key not in parameters:
             takes = ", ".join(parameters)
@@ -169,23 +172,26 @@ def base_optimizer(
 
 
 def optimizer(
-    method: str, options: Mapping[str, Any], base: Any, setting: Setting
+    method: str, options: Mapping[str, Any], base: Any, setting: Setting, *, info: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """A method around a base optimizer; see `composition` for one that has no name."""
+    """A method around a base optimizer; see `composition` for one that has no name.
+
+    Args:
+        method: one of `METHODS`.
+        options: by name, see `options_of`.
+        base: the base optimizer.
+        setting: the run.
+        info: whether ``state.info`` has norms and cosine, which the trainer writes down.
+    """
     check_options(method, options)
     function = METHODS[method]
-    parameters = inspect.signature(function).parameters
-    known = {"base": base, **setting._asdict()}
-    filled = {
-        k: known[k] for k in ("base", "learning_rate", "total_steps", "key") if k in parameters
-    }
     given = {
         name: _number_or_schedule(value, setting)
         for name, value in options.items()
         if name not in STEP_OPTIONS.get(method, {})
     }
     try:
-        return function(**filled, **given)
+        return function(base, **_known(function, setting), **given, info=info)
     except TypeError as error:
         raise ValueError(str(error)) from None
 
@@ -205,4 +211,5 @@ def composition(
         rule,
         _part(policies, policy or "always", setting, "policy"),
         learning_rate=setting.learning_rate,
+        info=True,
     )

@@ -1,13 +1,16 @@
 # smoke: --epochs 2 --subset 256 --width 0.1 --hessian-examples 64
 """Train a classifier with any sharpness-aware method, or with one composed of parts.
 
-    python examples/train.py                                   # digits, MLP, SAM, a few seconds
-    python examples/train.py --method wsam --rho 0.2 --gamma 0.9 --label-noise 0.4 --seeds 0 1 2
-    python examples/train.py --config mine.toml --out runs/mine
-    python examples/train.py --config mine.toml --out runs/mine --resume
-    python examples/train.py --dataset cifar10 --data-dir DIR --model resnet18 --dtype bfloat16 \\
-        --augment crop flip --epochs 200 --learning-rate 0.05 --weight-decay 1e-3 --method sam
-    python examples/train.py --validation 0.1 --tune rho 0.02 0.05 0.1 0.2
+From the root of the repository:
+
+    python -m examples.papers.train                       # digits, MLP, SAM, a few seconds
+    python -m examples.papers.train --method wsam --rho 0.2 --gamma 0.9 --label-noise 0.4
+    python -m examples.papers.train --config mine.toml --out runs/mine
+    python -m examples.papers.train --config mine.toml --out runs/mine --resume
+    python -m examples.papers.train --dataset cifar10 --data-dir DIR --model resnet18 \\
+        --dtype bfloat16 --augment crop flip --epochs 200 --learning-rate 0.05 \\
+        --weight-decay 1e-3 --method sam --seeds 0 1 2
+    python -m examples.papers.train --validation 0.1 --tune rho 0.02 0.05 0.1 0.2
 
 A TOML file holds the same settings by the same names (``learning_rate = 0.05``), the options of a
 method beside them (``rho = 0.2``), and compositions::
@@ -53,9 +56,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import _data
-import _methods
-import _models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +66,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from examples.papers import data as data_sets
+from examples.papers import methods, models
 from sam_optax import diagnostics
 from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradient_step
 
@@ -84,7 +86,7 @@ _PARTS = ("perturbation", "surrogate", "policy")
 class Config:
     """Everything that a run depends on; the command line and TOML files use these names."""
 
-    dataset: str = _setting("digits", "which data", choices=_data.NAMES)
+    dataset: str = _setting("digits", "which data", choices=data_sets.NAMES)
     data_dir: str | None = _setting(None, "directory with the data set's files", type=str)
     subset: int = _setting(0, "number of training examples to use; 0: all")
     validation: float = _setting(0.0, "share of the training set held out for validation")
@@ -96,11 +98,11 @@ class Config:
     cutout_size: int = _setting(16, "side of the hole, in pixels")
     label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
 
-    model: str = _setting("mlp", "; ".join(_models.NAMES))
+    model: str = _setting("mlp", "; ".join(models.NAMES))
     width: float = _setting(1.0, "factor on the model's numbers of channels")
     dtype: str = _setting("float32", "of the computation", choices=("float32", "bfloat16"))
 
-    method: str = _setting("sam", ", ".join((*_methods.METHODS, "composition")))
+    method: str = _setting("sam", ", ".join((*methods.METHODS, "composition")))
     options: dict = dataclasses.field(default_factory=dict)
     # Of a composition: a table or a list of tables, a table, a table.
     perturbation: Any = None
@@ -158,7 +160,7 @@ class Config:
         if "augment" in known:
             known["augment"] = tuple(known["augment"])
         config = cls(**known, options=options)
-        _methods.check_options(config.method, options)
+        methods.check_options(config.method, options)
         for name in _PARTS:
             if config.method != "composition" and getattr(config, name) is not None:
                 raise ValueError(f'{name} is part of a composition; set method = "composition"')
@@ -168,13 +170,13 @@ class Config:
                     f"a batch of {config.batch_size} cannot be cut into {getattr(config, name)} "
                     f"{name}; choose a divisor"
                 )
-        if config.microbatches > 1 and config.method in _methods.STEP_OPTIONS:
+        if config.microbatches > 1 and config.method in methods.STEP_OPTIONS:
             raise ValueError(f"method {config.method!r} takes no microbatches: it selects examples")
         return config
 
-    def load(self) -> _data.Dataset:
+    def load(self) -> data_sets.Dataset:
         """The data set."""
-        return _data.load(
+        return data_sets.load(
             self.dataset,
             self.data_dir,
             subset=self.subset,
@@ -187,7 +189,7 @@ class Config:
     def optimizer(self, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
         """The method around its base optimizer."""
         total = self.epochs * steps_per_epoch
-        setting = _methods.Setting(
+        setting = methods.Setting(
             self.learning_rate_schedule(steps_per_epoch),
             self.learning_rate,
             total,
@@ -196,12 +198,12 @@ class Config:
         spec = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
         if spec.get("name") == "sgd":
             spec = {"momentum": self.momentum or None} | spec
-        base = _methods.base_optimizer(spec, setting, self.weight_decay, self.clip_norm)
+        base = methods.base_optimizer(spec, setting, self.weight_decay, self.clip_norm)
         if self.method == "composition":
-            return _methods.composition(
+            return methods.composition(
                 self.perturbation, self.surrogate, self.policy, base, setting
             )
-        return _methods.optimizer(self.method, self.options, base, setting)
+        return methods.optimizer(self.method, self.options, base, setting)
 
     def learning_rate_schedule(self, steps_per_epoch: int) -> optax.Schedule:
         """The learning rate by step."""
@@ -285,7 +287,7 @@ class Run:
     def __init__(  # noqa: D107
         self,
         config: Config,
-        data: _data.Dataset | None = None,
+        data: data_sets.Dataset | None = None,
         make_step: Callable[["Run"], Callable] | None = None,
         scan: bool | None = None,
     ):
@@ -315,7 +317,7 @@ class Run:
         self._build_model(config, data)
         self.tx = config.optimizer(self.steps_per_epoch)
         self.learning_rate = config.learning_rate_schedule(self.steps_per_epoch)
-        self.augment = _data.augmentation(data.train, config.augment, config.cutout_size)
+        self.augment = data_sets.augmentation(data.train, config.augment, config.cutout_size)
         self.splits = {
             name: jax.device_put(tuple(getattr(data, name)), self.everywhere)
             for name in ("train", "validation", "test")
@@ -325,11 +327,11 @@ class Run:
     def _build_model(self, config, data):
         shape = data.train.images.shape[1:]
         build = functools.partial(
-            _models.build, config.model, shape, data.num_classes, width=config.width
+            models.build, config.model, shape, data.num_classes, width=config.width
         )
         model = build(rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
         self.graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
-        self.num_parameters = _models.num_parameters(model)
+        self.num_parameters = models.num_parameters(model)
         model.eval()
         self.eval_graph = nnx.split(model)[0]
         # Curvature is computed in float32, whatever the training was.
@@ -358,8 +360,8 @@ class Run:
         shared = {"has_aux": True, "batch_argnums": (1, 2), "num_groups": config.groups}
         if make_step is not None:
             step = make_step(self)
-        elif config.method in _methods.STEP_OPTIONS:
-            share = _methods.STEP_OPTIONS[config.method] | config.options
+        elif config.method in methods.STEP_OPTIONS:
+            share = methods.STEP_OPTIONS[config.method] | config.options
             select = esam_step if config.method == "esam" else ksam_step
             step = select(self.losses, self.tx, gamma=share["gamma"], **shared)
         else:
@@ -492,28 +494,29 @@ def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int)
 # --- Files and screen -----------------------------------------------------------------------------
 
 
-def _mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN: fields of the second gradient, over steps that ascended."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+def _mean(values: np.ndarray, steps: np.ndarray) -> float:
+    """The mean over some steps; NaN if there are none."""
+    return float(np.mean(values[steps])) if steps.any() else float("nan")
 
 
 def _summary(steps: dict[str, np.ndarray]) -> dict[str, float]:
     """An epoch's row of metrics, from its steps."""
     g, gp, cosine = steps["grad_norm"], steps["perturbed_grad_norm"], steps["cosine"]
+    ascended = steps["ascended"]  # The others measured nothing of a second gradient.
+    moved = ascended & (gp > 0)
     return {
         "train_loss": float(np.mean(steps["loss"])),
         "train_accuracy": float(np.mean(steps["accuracy"])),
-        "perturbed_loss": _mean(steps["perturbed_loss"]),
-        "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"]),
-        "percent_sam": 100 * float(np.mean(steps["ascended"])),
+        "perturbed_loss": _mean(steps["perturbed_loss"], ascended),
+        "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"], ascended),
+        "percent_sam": 100 * float(np.mean(ascended)),
         "grad_norm": float(np.mean(g)),
         "squared_grad_norm": float(np.mean(np.square(g))),
-        "perturbed_grad_norm": _mean(gp),
+        "perturbed_grad_norm": _mean(gp, ascended),
         "perturbation_norm": float(np.mean(steps["perturbation_norm"])),
-        "cosine": _mean(cosine),
-        "norm_ratio": _mean(g / np.where(gp > 0, gp, np.nan)),
-        "alignment": _mean(cosine * g * gp - np.square(g)),
+        "cosine": _mean(cosine, ascended),
+        "norm_ratio": _mean(g / np.where(moved, gp, 1), moved),
+        "alignment": _mean(cosine * g * gp - np.square(g), ascended),
     }
 
 
@@ -768,16 +771,16 @@ def _report(run: Run, state: State, history: list[dict], before: int) -> dict[st
 def _option_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every option of every method, with the methods that take it."""
     takers: dict[str, list[str]] = {}
-    for method in _methods.METHODS:
-        for name, default in _methods.options_of(method).items():
+    for method in methods.METHODS:
+        for name, default in methods.options_of(method).items():
             if name != "adaptive_mask":
                 takers.setdefault(name, []).append(f"{method} ({default})")
     group = parser.add_argument_group("options of the methods (and their defaults)")
     kinds = {"k": int, "ema": str}
-    for name, methods in takers.items():
+    for name, by in takers.items():
         flag = "--" + name.replace("_", "-")
         kind = kinds.get(name, float)
-        group.add_argument(flag, type=kind, default=None, dest=name, help=", ".join(methods))
+        group.add_argument(flag, type=kind, default=None, dest=name, help=", ".join(by))
 
 
 def positive(text: str) -> int:

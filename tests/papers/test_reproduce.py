@@ -1,4 +1,4 @@
-"""The experiments of examples/reproduce.py: their data, and the parts that are theirs alone."""
+"""The papers' experiments: their data, and the parts that are theirs alone."""
 
 import pathlib
 import types
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reproduce
-import train
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
+
+from examples.papers import reproduce, train
 
 
 def job_of(name, scale="smoke", store="unused", **changes):

@@ -1,12 +1,13 @@
-"""The loaders of examples/_data.py, on small files in the true layouts."""
+"""The loaders of data sets, on small files in the true layouts."""
 
 import gzip
 
-import _data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from examples.papers import data as data_sets
 
 
 def idx(array):
@@ -31,7 +32,7 @@ def fashion(tmp_path):
 
 def test_idx(fashion):
     root, truth = fashion
-    data = _data.load("fashion-mnist", str(root))
+    data = data_sets.load("fashion-mnist", str(root))
     assert data.num_classes == 10 and len(data.validation.labels) == 0
     assert np.array_equal(data.test.images[..., 0], truth["t10k"][0])
     assert np.array_equal(data.test.labels, truth["t10k"][1])
@@ -52,7 +53,7 @@ def test_cifar_layout(tmp_path):
     path = tmp_path / "part.bin"
     records = cifar_records(4, 2, 100)
     records.tofile(path)
-    images, labels = _data._read_cifar(path, 4, 2, 100)
+    images, labels = data_sets._read_cifar(path, 4, 2, 100)
     assert labels.tolist() == [0, 1, 2, 3]
     # Record: coarse label, fine label, 1,024 red, 1,024 green, 1,024 blue bytes, row by row.
     assert images[2, 5, 7].tolist() == [records[2, 2 + c * 1024 + 5 * 32 + 7] for c in range(3)]
@@ -63,13 +64,15 @@ def test_cifar10_whole(tmp_path):
     folder.mkdir()
     for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
         cifar_records(10_000, 1, 10).tofile(folder / name)
-    data = _data.load("cifar10", str(tmp_path), subset=20, validation=0.25)
+    data = data_sets.load("cifar10", str(tmp_path), subset=20, validation=0.25)
     assert data.train.images.shape == (15, 32, 32, 3)
     assert data.validation.images.shape == (5, 32, 32, 3)
     assert len(data.test.labels) == 20
     (folder / "data_batch_3.bin").unlink()
-    with pytest.raises(_data.DataError, match=r"expected .*cifar-10-batches-bin/data_batch_3.bin"):
-        _data.load("cifar10", str(tmp_path))
+    with pytest.raises(
+        data_sets.DataError, match=r"expected .*cifar-10-batches-bin/data_batch_3.bin"
+    ):
+        data_sets.load("cifar10", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +87,8 @@ def test_damaged_idx(fashion, damage, message):
     root, _ = fashion
     path = root / "fashion-mnist" / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(_data.DataError, match=message) as raised:
-        _data.load("fashion-mnist", str(root))
+    with pytest.raises(data_sets.DataError, match=message) as raised:
+        data_sets.load("fashion-mnist", str(root))
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
@@ -95,30 +98,30 @@ def test_damaged_gzip(fashion):
     whole = path.read_bytes()
     for bad in (whole[:-9], b"not gzip"):
         path.write_bytes(bad)
-        with pytest.raises(_data.DataError, match=r"t10k-labels-idx1-ubyte.gz: cannot be read"):
-            _data.load("fashion-mnist", str(root))
+        with pytest.raises(data_sets.DataError, match=r"t10k-labels-idx1-ubyte.gz: cannot be read"):
+            data_sets.load("fashion-mnist", str(root))
 
 
 def test_wrong_files(tmp_path):
     path = tmp_path / "x.bin"
     cifar_records(3, 1, 10).tofile(path)
-    with pytest.raises(_data.DataError, match="expected 3 records of 3074 bytes = 9222 bytes"):
-        _data._read_cifar(path, 3, 2, 100)
+    with pytest.raises(data_sets.DataError, match="expected 3 records of 3074 bytes = 9222 bytes"):
+        data_sets._read_cifar(path, 3, 2, 100)
     records = cifar_records(20, 1, 20)
     records.tofile(path)
-    with pytest.raises(_data.DataError, match="expected labels below 10, found 19"):
-        _data._read_cifar(path, 20, 1, 10)
-    with pytest.raises(_data.DataError, match="is not a directory"):
-        _data.load("mnist", str(path))
-    with pytest.raises(_data.DataError, match="pass --data-dir"):
-        _data.load("cifar100")
-    with pytest.raises(_data.DataError, match="unknown data set 'imagenet'"):
-        _data.load("imagenet")
+    with pytest.raises(data_sets.DataError, match="expected labels below 10, found 19"):
+        data_sets._read_cifar(path, 20, 1, 10)
+    with pytest.raises(data_sets.DataError, match="is not a directory"):
+        data_sets.load("mnist", str(path))
+    with pytest.raises(data_sets.DataError, match="pass --data-dir"):
+        data_sets.load("cifar100")
+    with pytest.raises(data_sets.DataError, match="unknown data set 'imagenet'"):
+        data_sets.load("imagenet")
 
 
 def test_digits():
-    data = _data.load("digits", validation=0.1, label_noise=0.4)
-    clean = _data.load("digits", validation=0.1)
+    data = data_sets.load("digits", validation=0.1, label_noise=0.4)
+    clean = data_sets.load("digits", validation=0.1)
     assert len(data.train.labels) + len(data.validation.labels) == 1437
     assert len(data.validation.labels) == 144 and len(data.test.labels) == 360
     assert np.array_equal(data.test.labels, clean.test.labels)
@@ -132,7 +135,7 @@ def test_digits():
 @pytest.mark.parametrize(("kind", "share_wrong"), [("other", 1.0), ("any", 0.75)])
 def test_symmetric_noise(kind, share_wrong):
     labels = np.arange(40_000) % 4
-    noisy = _data.symmetric_noise(labels, 0.5, 4, seed=3, kind=kind)
+    noisy = data_sets.symmetric_noise(labels, 0.5, 4, seed=3, kind=kind)
     wrong = np.mean(noisy != labels)
     assert wrong == 0.5 if kind == "other" else abs(wrong - 0.5 * share_wrong) < 0.01
     # Uniform: 20,000 drawn labels, of each class a quarter to within six standard deviations.
@@ -140,7 +143,7 @@ def test_symmetric_noise(kind, share_wrong):
     off = pairs[~np.eye(4, dtype=bool)]
     each = 10_000 / 2 / (3 if kind == "other" else 4)
     assert np.all(np.abs(off - each) < 6 * np.sqrt(each))
-    assert np.array_equal(noisy, _data.symmetric_noise(labels, 0.5, 4, seed=3, kind=kind))
+    assert np.array_equal(noisy, data_sets.symmetric_noise(labels, 0.5, 4, seed=3, kind=kind))
 
 
 # --- Augmentation ---------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def test_symmetric_noise(kind, share_wrong):
 
 def test_flip_is_a_mirror():
     images = jax.random.normal(jax.random.key(0), (64, 5, 6, 2))
-    out = _data.random_flip(jax.random.key(1), images)
+    out = data_sets.random_flip(jax.random.key(1), images)
     same = (out == images).all((1, 2, 3))
     mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
     assert bool((same ^ mirrored).all()) and 16 < int(same.sum()) < 48
@@ -156,7 +159,7 @@ def test_flip_is_a_mirror():
 
 def test_crop_is_a_shift():
     images = 1 + jnp.arange(64 * 6 * 6, dtype=jnp.float32).reshape(64, 6, 6, 1)
-    out = np.asarray(_data.random_crop(jax.random.key(0), images, 2))
+    out = np.asarray(data_sets.random_crop(jax.random.key(0), images, 2))
     padded = np.pad(np.asarray(images), ((0, 0), (2, 2), (2, 2), (0, 0)))
     seen = set()
     for image, source in zip(out, padded, strict=True):
@@ -172,7 +175,7 @@ def test_crop_is_a_shift():
 
 
 def test_cutout_is_a_square():
-    out = np.asarray(_data.cutout(jax.random.key(0), jnp.ones((200, 8, 8, 1)), 4))[..., 0]
+    out = np.asarray(data_sets.cutout(jax.random.key(0), jnp.ones((200, 8, 8, 1)), 4))[..., 0]
     areas = set()
     for image in out:
         rows, columns = np.nonzero(image.min(1) == 0)[0], np.nonzero(image.min(0) == 0)[0]
@@ -183,10 +186,10 @@ def test_cutout_is_a_square():
 
 
 def test_normalization():
-    data = _data.load("digits")
-    augment = _data.augmentation(data.train, ("crop", "flip", "cutout"), 4)
+    data = data_sets.load("digits")
+    augment = data_sets.augmentation(data.train, ("crop", "flip", "cutout"), 4)
     x = np.asarray(augment.normalize(jnp.asarray(data.train.images)))
     assert abs(x.mean()) < 1e-5 and abs(x.std() - 1) < 1e-5
     assert augment(jax.random.key(0), jnp.asarray(data.train.images[:9])).shape == (9, 8, 8, 1)
-    with pytest.raises(_data.DataError, match=r"unknown augmentation \['mixup'\]"):
-        _data.augmentation(data.train, ("mixup",))
+    with pytest.raises(data_sets.DataError, match=r"unknown augmentation \['mixup'\]"):
+        data_sets.augmentation(data.train, ("mixup",))

@@ -1,8 +1,9 @@
 """The main job: its rows, its label noise, its table, and what it says to bad arguments."""
 
-import importlib.util
+import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,9 @@ import pytest
 
 import sam_optax
 
-PATH = Path(__file__).parent.parent / "examples" / "compare.py"
-SPEC = importlib.util.spec_from_file_location("compare", PATH)
-assert SPEC is not None and SPEC.loader is not None
-compare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(compare)
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parents[2] / "examples")  # as Python does for a script
+    compare: Any = importlib.import_module("compare")
 
 
 def test_every_method_has_a_row_that_steps():
@@ -64,10 +63,10 @@ def test_runs_write_table_and_figure(tmp_path, capsys):
         for line in printed.splitlines()
         if "│" in line
     }
-    assert set(rows) == {"SAM", "LookSAM"}
-    assert [cell.strip() for cell in (rows["SAM"][0], rows["SAM"][3])] == ["0.3", "100"]
-    assert rows["LookSAM"][3].strip() == "20"  # k = 5, 20 steps
-    assert "±" in rows["SAM"][1]
+    assert set(rows) == {"sam", "look_sam"}
+    assert [cell.strip() for cell in (rows["sam"][0], rows["sam"][3])] == ["0.3", "100"]
+    assert rows["look_sam"][3].strip() == "20"  # k = 5, 20 steps
+    assert "±" in rows["sam"][1]
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
@@ -79,7 +78,7 @@ def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "lambda_max" in printed and "trace" in printed and "sharpness" in printed
     for line in printed.splitlines():
-        if line.startswith(("│ SGD", "│ SAM")):
+        if line.startswith(("│ sgd", "│ sam")):
             cells = [cell.strip() for cell in line.split("│")[1:-1]]
             assert len(cells) == 9 and all("±" in cell for cell in cells[6:])
 

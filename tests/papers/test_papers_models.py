@@ -1,10 +1,11 @@
-"""The networks of examples/_models.py against the published parameter counts."""
+"""The networks of the papers against the published parameter counts."""
 
-import _models
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+
+from examples.papers import models
 
 CIFAR = (32, 32, 3)
 
@@ -35,8 +36,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "shape", "classes", "count"), PUBLISHED)
 def test_parameter_count(name, shape, classes, count):
-    model = nnx.eval_shape(lambda: _models.build(name, shape, classes, nnx.Rngs(0)))
-    assert _models.num_parameters(model) == count
+    model = nnx.eval_shape(lambda: models.build(name, shape, classes, nnx.Rngs(0)))
+    assert models.num_parameters(model) == count
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_parameter_count(name, shape, classes, count):
 )
 def test_logits(name, shape):
     def logits(images):
-        model = _models.build(name, shape, 7, nnx.Rngs(0), dtype=jnp.bfloat16, width=0.5)
+        model = models.build(name, shape, 7, nnx.Rngs(0), dtype=jnp.bfloat16, width=0.5)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         hash(nnx.split(model)[0])  # it is a static argument of the trainer's programs
         return model(images)
@@ -77,13 +78,13 @@ def test_logits(name, shape):
 def test_depths_that_cannot_be(name, depths):
     """Not a network of another depth in its place."""
     with pytest.raises(ValueError, match=f"layers cannot be; it is {depths}"):
-        nnx.eval_shape(lambda: _models.build(name, CIFAR, 10, nnx.Rngs(0)))
+        nnx.eval_shape(lambda: models.build(name, CIFAR, 10, nnx.Rngs(0)))
 
 
 def test_pyramid_shortcut_pools_and_pads():
     """Where the block's own output is zero, what is left is the averaged input and zeros."""
-    make = _models._Layers(nnx.Rngs(0), jnp.float32)
-    block = _models._Pyramidal(make, 2, 5, 2)
+    make = models._Layers(nnx.Rngs(0), jnp.float32)
+    block = models._Pyramidal(make, 2, 5, 2)
     block.norm3.scale[...] = jnp.zeros(5)
     x = jnp.arange(32.0).reshape(1, 4, 4, 2)
     out = block(x)
@@ -93,4 +94,4 @@ def test_pyramid_shortcut_pools_and_pads():
 
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"unknown model 'resnet'; there are mlp; "):
-        _models.build("resnet", CIFAR, 10, nnx.Rngs(0))
+        models.build("resnet", CIFAR, 10, nnx.Rngs(0))

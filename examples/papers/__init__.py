@@ -1,0 +1,1 @@
+"""The application: a trainer for every method and composition, and the papers' experiments."""
