@@ -303,12 +303,11 @@ class Method(NamedTuple):
 
     def _info(self, dtype: Any, **known: Any) -> SharpnessInfo:
         """0 for what was not measured; every leaf is an array of its own, to be donated."""
-        asked = SharpnessInfo._fields if self.info else ("ascended", "perturbed_value")
-        return SharpnessInfo(
-            **{
-                name: jnp.array(known.get(name, 0), bool if name == "ascended" else dtype)
-                if name in asked
-                else None
-                for name in SharpnessInfo._fields
-            }
-        )
+        free = ("ascended", "perturbed_value")
+        fields: dict[str, Any] = {
+            name: jnp.array(known.get(name, 0), bool if name == "ascended" else dtype)
+            if self.info or name in free
+            else None
+            for name in SharpnessInfo._fields
+        }
+        return SharpnessInfo(**fields)

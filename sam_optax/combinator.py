@@ -363,7 +363,7 @@ def sharpness_aware(
                 "and use the gradient form with `add_decoupled_term` in the optimizer."
             )
     method = Method(perturbation, surrogate, policy, mask, axis_name, sync_perturbation, info)
-    combinator = Combinator(
+    combinator: Any = Combinator(
         optax.with_extra_args_support(base), method.checked("sharpness_aware"), rate
     )
     return SharpnessAware(combinator.init, combinator.update)

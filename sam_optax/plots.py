@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_optax._tree import check_number
+from sam_optax._checks import check_number
 from sam_optax.diagnostics import GradientNormStatistics
 
 

@@ -23,8 +23,6 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_number
-
-value_at = lambda h, step: h(step) if callable(h) else h
 from sam_optax._types import ScalarOrSchedule
 from sam_optax.combinator import SharpnessAware, sharpness_aware
 from sam_optax.perturbations import (
@@ -1179,7 +1177,9 @@ def proportional_rho(
         return optax.constant_schedule(rho_max)
 
     def schedule(step):
-        share = (value_at(learning_rate, step) - lr_min) / (lr_max - lr_min)
+        share = ((learning_rate(step) if callable(learning_rate) else learning_rate) - lr_min) / (
+            lr_max - lr_min
+        )
         return jnp.clip(rho_min + (rho_max - rho_min) * share, rho_min, rho_max)
 
     return schedule

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from sam_optax._tree import cast_like, check_key, check_like, check_number, upcast
+from sam_optax._checks import check_key, check_like, check_number
+from sam_optax._tree import cast_like, upcast
 from sam_optax.diagnostics._loss import Loss, check_params, scalar
 
 P = ParamSpec("P")

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam_optax._tree import accumulator, check_like, norm, upcast
+from sam_optax._checks import check_like
+from sam_optax._tree import accumulator, norm, upcast
 from sam_optax.diagnostics._loss import check_params, num_batches
 
 
