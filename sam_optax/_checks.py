@@ -42,16 +42,15 @@ def check_number(
     wanted = f"{'an integer' if integer else 'a number'} in {interval}"
     wrong_kind = f"{wanted}{'' if integer else ' or an Optax schedule'}"
     if is_array(value):
-        dtype = jnp.integer if integer else np.number
-        if np.ndim(value) or not jnp.issubdtype(value.dtype, dtype):
+        real = [jnp.integer] if integer else [jnp.integer, jnp.floating]
+        if np.ndim(value) or not any(jnp.issubdtype(value.dtype, kind) for kind in real):
             raise TypeError(
-                f"{function}: `{argument}` must be {wrong_kind}, got an array of shape "
-                f"{np.shape(value)} and dtype {value.dtype}."
+                f"{function}: `{argument}` must be {wrong_kind}, got {value!r} of shape "
+                f"{np.shape(value)}."
             )
         if isinstance(value, jax.core.Tracer):
             return
-        value = np.asarray(value).item()
-    if not isinstance(value, kind) or isinstance(value, bool):
+    elif not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{function}: `{argument}` must be {wrong_kind}, got {value!r}.")
     number = float(value)
     above = number > low if open_low else number >= low

@@ -99,6 +99,10 @@ def functional(
                 "removed some. Intermediates: call the model within `nnx.capture` in the loss, and "
                 "return them as auxiliary output."
             )
+        if not has_aux and isinstance(result, tuple):
+            raise TypeError(
+                f"{function}: the loss returned a tuple; (loss, aux) needs has_aux=True."
+            )
         if not has_aux:
             return result, ((), after)
         if not (isinstance(result, tuple) and len(result) == 2):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sam_optax._axes import tracked, varying
@@ -32,7 +33,7 @@ from sam_optax._checks import (
     is_identity,
 )
 from sam_optax._method import Evaluate, Method
-from sam_optax._tree import cast_like, scale, upcast
+from sam_optax._tree import cast_like, scale, select, upcast
 from sam_optax._types import (
     Estimate,
     Evaluation,
@@ -50,6 +51,18 @@ from sam_optax.surrogates import perturbed_gradient
 
 class DecoupledTermState(NamedTuple):
     """State of `add_decoupled_term`: nothing, but it can be found in an optimizer's state."""
+
+
+class AccumulatedTermState(NamedTuple):
+    """State of a base in which `optax.MultiSteps` holds `add_decoupled_term`.
+
+    Attributes:
+        base: the base optimizer's state.
+        mean: the decoupled terms since MultiSteps emitted last, averaged, in float32 at least.
+    """
+
+    base: State
+    mean: Any
 
 
 _MISSING: Any = object()
@@ -106,8 +119,8 @@ def _evaluation(grad_fn: Any, value_and_grad_fn: Any, extra: dict[str, Any]) -> 
     """The one evaluation that the caller gave."""
     if grad_fn is not None and value_and_grad_fn is not None:
         raise ValueError(
-            "sharpness_aware: `update` needs one of `grad_fn=` (params -> gradient) and "
-            "`value_and_grad_fn=` (params -> (loss, gradient)), got both."
+            "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
+            "`value_and_grad_fn=` (params -> (loss, gradient)); got both."
         )
     if grad_fn is not None:
         return lambda params: Evaluation(None, grad_fn(params))
@@ -131,10 +144,9 @@ def _from_value(extra: dict[str, Any]) -> Callable:
     value_fn: Any = extra.get("value_fn", extra.get("obj_fn"))
     if value_fn is None:
         raise ValueError(
-            "sharpness_aware: `update` needs the loss at another point: `grad_fn=` (params -> "
-            "gradient) or `value_and_grad_fn=` (params -> (loss, gradient)), on the clean "
-            "gradient's batch; got neither. In a trainer that calls `update` itself, use another "
-            "form: hand it `sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
+            "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
+            "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
+            "neither. In a trainer that calls `update` itself, use another form: hand it `sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
             "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
             "`jax.value_and_grad`, with a plain optimizer."
         )
@@ -142,6 +154,12 @@ def _from_value(extra: dict[str, Any]) -> Callable:
     asked = list(inspect.signature(value_fn).parameters)[1:]
     kwargs = {name: extra[name] for name in asked if name in extra}
     return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)
+
+
+def _accumulation(state: State) -> Any:
+    """The state of the MultiSteps, within a base's, whose inner optimizer adds a decoupled term."""
+    nodes = find_states(state, optax.MultiStepsState)
+    return next((x for x in nodes if find_states(x.inner_opt_state, DecoupledTermState)), None)
 
 
 class Combinator(NamedTuple):
@@ -163,6 +181,8 @@ class Combinator(NamedTuple):
         base = self.base.init(params)
         if self.learning_rate is not None:
             check_closed_base(self.base, base, params)
+        if _accumulation(base) is not None:
+            base = AccumulatedTermState(base, optax.tree.zeros_like(upcast(params)))
         return SharpnessAwareState.of(base, method)
 
     def update(
@@ -195,18 +215,38 @@ class Combinator(NamedTuple):
         extra_args: dict[str, Any],
     ) -> tuple[Any, SharpnessAwareState]:
         """The base optimizer's part of a step, from what the method found."""
-        in_chain = bool(find_states(state.base, DecoupledTermState))
-        past = found.decoupled is not None and self._is_past(in_chain, state.base)
+        term, in_chain = found.decoupled, bool(find_states(state.base, DecoupledTermState))
+        past = term is not None and self._is_past(in_chain)
+        if term is not None and isinstance(state.base, AccumulatedTermState):
+            return self._accumulate(found, method, state.base, params, extra_args)
         if in_chain:
-            extra_args = extra_args | {"decoupled": found.decoupled}
+            extra_args = extra_args | {"decoupled": term}
         updates, base = self.base.update(found.grads, state.base, params, **extra_args)
         if past:
             rate: Any = self.learning_rate(state.step)  # type: ignore[misc]
-            step = scale(rate, found.decoupled)
+            step = scale(rate, term)
             updates = cast_like(jax.tree.map(lambda u, s: upcast(u) - s, updates, step), updates)
         return updates, SharpnessAwareState.of(base, method)
 
-    def _is_past(self, in_chain: bool, base: State) -> bool:
+    def _accumulate(
+        self, found: Estimate, method: MethodState, state: AccumulatedTermState, params, extra_args
+    ) -> tuple[Any, SharpnessAwareState]:
+        """`descend`, with the term averaged over the micro-batches as the gradient is."""
+        count = _accumulation(state.base).mini_step
+
+        def add(mean, term):
+            mean = jnp.where(count == 0, 0, mean)
+            return mean + (upcast(term) - mean) / (count + 1).astype(mean.dtype)
+
+        mean = jax.tree.map(add, state.mean, found.decoupled)
+        extra_args = extra_args | {"decoupled": cast_like(mean, found.decoupled)}
+        updates, base = self.base.update(found.grads, state.base, params, **extra_args)
+        # A micro-batch that MultiSteps skips does not count.
+        counted = _accumulation(base).mini_step != count
+        mean = select(counted, mean, state.mean)
+        return updates, SharpnessAwareState.of(AccumulatedTermState(base, mean), method)
+
+    def _is_past(self, in_chain: bool) -> bool:
         """Whether a decoupled term is subtracted past the base; raise unless it goes one way."""
         if in_chain and self.learning_rate is not None:
             raise ValueError(
@@ -215,19 +255,12 @@ class Combinator(NamedTuple):
             )
         if not in_chain and self.learning_rate is None:
             raise ValueError(
-                "sharpness_aware: this surrogate rule has a decoupled term. Put "
-                "`add_decoupled_term()` into `base`, in front of the learning rate: "
-                "`optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
-                "optax.scale_by_learning_rate(rate))`. Or pass `learning_rate=`, that of a closed "
+                "sharpness_aware: this surrogate rule has a decoupled term; put "
+                "`add_decoupled_term()` into `base`, in front of the learning rate "
+                "(`optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
+                "optax.scale_by_learning_rate(rate))`), or pass `learning_rate=`, that of a closed "
                 "`base` (a number or its schedule)."
             )
-        for node in find_states(base, optax.MultiStepsState):
-            if find_states(node.inner_opt_state, DecoupledTermState):
-                raise ValueError(
-                    "sharpness_aware: `optax.MultiSteps` hands the chain inside it the decoupled "
-                    "term of the last micro-batch alone. Use `num_microbatches=` of the training "
-                    "steps or of the gradient form, which average both gradients."
-                )
         return not in_chain
 
 

@@ -69,7 +69,7 @@ def sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Sharpness-aware minimization: descend along the gradient at the worst nearby point.
 
@@ -130,7 +130,7 @@ def asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Adaptive SAM: the ball scales with the weights, so that rescaling layers changes nothing.
 
@@ -194,7 +194,7 @@ def fisher_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Fisher SAM: the ball is that of the diagonal empirical Fisher metric.
 
@@ -255,7 +255,7 @@ def gsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
@@ -314,14 +314,14 @@ def gsam(
 @_method
 def wsam(
     base: optax.GradientTransformation,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
     *,
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
@@ -389,7 +389,7 @@ def coupled_wsam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Coupled WSAM: sharpness as a weighted regularizer, through the base optimizer.
 
@@ -450,7 +450,7 @@ def stable_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""StableSAM: the perturbed gradient, at the length of the clean one.
 
@@ -516,7 +516,7 @@ def stable_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""StableASAM: the ball of ASAM, and the perturbed gradient at the length of the clean one.
 
@@ -587,7 +587,7 @@ def friendly_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Friendly SAM: the full-gradient part is taken out of the perturbation.
 
@@ -658,7 +658,7 @@ def friendly_asam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Friendly ASAM: the perturbation of Friendly SAM in the ball of ASAM.
 
@@ -733,7 +733,7 @@ def look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""LookSAM: SAM every k steps, and in between its flattening part, reused.
 
@@ -802,7 +802,7 @@ def ss_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""SS-SAM: SAM with a probability at every step, else the base optimizer.
 
@@ -867,7 +867,7 @@ def ae_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
@@ -941,7 +941,7 @@ def ae_look_sam(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""AE-LookSAM: AE-SAM, and the last flattening part reused where it does not ascend.
 
@@ -1015,7 +1015,7 @@ def vasso(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""VaSSO: ascend along a moving average of gradients, whose variance is smaller.
 
@@ -1077,7 +1077,7 @@ def gnp(
     mask: Any = None,
     axis_name: Any = None,
     sync_perturbation: bool = False,
-    info: bool = True,
+    info: bool = False,
 ) -> SharpnessAware:
     r"""Gradient norm penalty: descend between the clean and the perturbed gradient.
 
