@@ -104,7 +104,10 @@ def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
         if decoupled is _MISSING:
             raise TypeError(
                 "add_decoupled_term: `update` needs the keyword `decoupled=`: put it into the "
-                "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient form."
+                "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient form. "
+                "A plain GradientTransformation around it, such as that of `optax.MultiSteps` in a "
+                "chain, drops keywords: build an optax.GradientTransformationExtraArgs from its "
+                "`init` and `update`."
             )
         if decoupled is None:
             return updates, state
@@ -154,6 +157,13 @@ def _from_value(extra: dict[str, Any]) -> Callable:
     asked = list(inspect.signature(value_fn).parameters)[1:]
     kwargs = {name: extra[name] for name in asked if name in extra}
     return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)
+
+
+def _with_keywords(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
+    if isinstance(getattr(base.update, "__self__", None), optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(base.init, base.update)
+    return optax.with_extra_args_support(base)
 
 
 def _accumulation(state: State) -> Any:
@@ -397,6 +407,6 @@ def sharpness_aware(
             )
     method = Method(perturbation, surrogate, policy, mask, axis_name, sync_perturbation, info)
     combinator: Any = Combinator(
-        optax.with_extra_args_support(base), method.checked("sharpness_aware"), rate
+        _with_keywords(base), method.checked("sharpness_aware"), rate
     )
     return SharpnessAware(combinator.init, combinator.update)
