@@ -1,0 +1,1 @@
+"""The combinator, its parts, the named methods."""

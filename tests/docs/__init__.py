@@ -1,0 +1,1 @@
+"""What a reader sees runs: documents, doctests, notebooks, examples, the wheel."""

@@ -1,0 +1,1 @@
+"""What the library is compared with: problems, and the methods once more in NumPy."""

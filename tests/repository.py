@@ -1,0 +1,20 @@
+"""The repository beside the tests: its files, and its examples as modules."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def load_example(name: str) -> Any:
+    """The program ``examples/name.py``, as a module; it is not run."""
+    spec: Any = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # as when it runs, its folder is on the path
+        patch.syspath_prepend(str(ROOT / "examples"))
+        spec.loader.exec_module(module)
+    return module

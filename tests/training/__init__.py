@@ -1,0 +1,1 @@
+"""Training steps, on plain trees and in Flax."""

@@ -1,0 +1,147 @@
+"""Many devices and many processes compute what one device does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sam_optax
+from sam_optax.training import two_gradient_step
+from tests.oracles.training_problems import assert_close, loss_fn, problem, train
+
+METHODS = {
+    "sam": lambda **options: sam_optax.sam(optax.adam(0.01), rho=0.3, **options),
+    "friendly": lambda **options: sam_optax.friendly_sam(optax.adam(0.01), rho=0.3, **options),
+    "ae_look": lambda **options: sam_optax.ae_look_sam(
+        optax.adam(0.01), total_steps=4, rho=0.3, **options
+    ),
+}
+
+
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize(("groups", "fsdp"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("float64")
+def test_sharded_batch_and_parameters_under_jit(name, groups, fsdp):
+    params, x, y = problem()
+    # Eight hidden units: one for each device.
+    rng = np.random.default_rng(0)
+    params = {
+        "first": {"kernel": rng.normal(size=(3, 8)), "bias": rng.normal(size=8)},
+        "last": rng.normal(size=(8, 2)),
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    tx = METHODS[name]()
+    step = jax.jit(two_gradient_step(loss_fn, tx, num_groups=groups))
+    wanted = train(step, params, tx.init(params), x, y)
+
+    def place(x):
+        axes = [("data" if fsdp and n == 8 else None) for n in jnp.shape(x)]
+        return NamedSharding(mesh(), P(*axes))
+
+    tree = (params, tx.init(params))
+    tree = jax.device_put(tree, jax.tree.map(place, tree))
+    batch = jax.device_put((x, y), NamedSharding(mesh(), P("data")))
+    got = train(step, *tree, *batch)
+    assert_close(got, wanted, rtol=1e-8)
+    if fsdp:
+        kernel, moment = got[0]["first"]["kernel"], got[1].base[0].mu["first"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (3, 1)
+        assert moment.sharding.shard_shape(moment.shape) == (3, 1)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("float64")
+def test_shard_map_ascends_on_every_device(name, sync, check_vma):
+    params, x, y = problem()
+    tx = METHODS[name](sync_perturbation=sync)
+    groups = 1 if sync else 8
+    reference = jax.jit(two_gradient_step(loss_fn, tx, num_groups=groups))
+    wanted = train(reference, params, tx.init(params), x, y)
+    tx = METHODS[name](axis_name="data", sync_perturbation=sync)
+    step = jax.jit(
+        jax.shard_map(
+            two_gradient_step(loss_fn, tx),
+            mesh=mesh(),
+            in_specs=(P(), P(), P("data"), P("data")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+    )
+    assert_close(train(step, params, tx.init(params), x, y), wanted, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "check_vma"),
+    [({"num_groups": 2}, False), ({"num_microbatches": 2}, False), ({"num_microbatches": 2}, True)],
+    ids=str,
+)
+@pytest.mark.usefixtures("float64")
+def test_groups_and_microbatches_within_devices(options, check_vma):
+    """Two groups on each of four devices are eight groups; micro-batches change nothing."""
+    params, x, y = problem()
+
+    def loss(params, x, y):
+        return loss_fn(params, x, y), {"x": x, "mean": jnp.mean(x, axis=0), "count": len(x)}
+
+    tx = METHODS["friendly"]()
+    groups = 8 if "num_groups" in options else 4
+    reference = jax.jit(two_gradient_step(loss_fn, tx, num_groups=groups))
+    wanted = train(reference, params, tx.init(params), x, y)
+    tx = METHODS["friendly"](axis_name="data")
+
+    def body(params, state, x, y):
+        step = two_gradient_step(loss, tx, has_aux=True, skip_nonfinite=True, **options)
+        params, state, metrics = step(params, state, x, y)
+        return params, state, metrics._replace(aux=()), metrics.aux["x"]
+
+    step = jax.jit(
+        jax.shard_map(
+            body,
+            mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+            in_specs=(P(), P(), P("data"), P("data")),
+            out_specs=(P(), P(), P(), P("data")),
+            check_vma=check_vma,
+        )
+    )
+    state = tx.init(params)
+    for _ in range(2):
+        params, state, metrics, aux = step(params, state, x, y)
+    assert_close((params, state, metrics), wanted, rtol=1e-8)
+    assert_close(aux, x)
+
+
+def test_groups_under_check_vma_are_refused():
+    params, x, y = problem()
+    tx = METHODS["sam"](axis_name="data")
+    step = jax.shard_map(
+        two_gradient_step(loss_fn, tx, num_groups=2),
+        mesh=mesh(),
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=r"two_gradient_step: `num_groups` = 2 .*check_vma=False"):
+        jax.jit(step)(params, tx.init(params), x, y)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("float64")
+def test_pmap(name):
+    params, x, y = problem()
+    tx = METHODS[name]()
+    reference = jax.jit(two_gradient_step(loss_fn, tx, num_groups=8))
+    wanted = train(reference, params, tx.init(params), x, y)
+    tx = METHODS[name](axis_name="data")
+    step = jax.pmap(two_gradient_step(loss_fn, tx), axis_name="data")
+    many = jax.tree.map(lambda x: jnp.stack([x] * 8), (params, tx.init(params)))
+    got = train(step, *many, x.reshape(8, 2, 3), y.reshape(8, 2, 2))
+    for device in (0, 7):
+        assert_close(jax.tree.map(lambda x, d=device: x[d], got), wanted, rtol=1e-8)
