@@ -23,7 +23,7 @@ POLICIES = {
     "bernoulli": policies.bernoulli(jax.random.key(3), 0.5),
     "from_step": policies.from_step(2, policies.every(2)),
     "late_bernoulli": policies.from_step(2, policies.bernoulli(jax.random.PRNGKey(1), 0.7)),
-    "above_gradient_norm": policies.above_gradient_norm(6, lambda_1=-0.5, lambda_2=0.5),
+    "above_gradient_norm": policies.above_gradient_norm(6, lambda_1=2.0, lambda_2=-1.0),
 }
 
 
@@ -57,7 +57,7 @@ def check(tx, step, options: dict[str, Any]):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_same_numbers_as_under_cond(name):
-    """From the first step, from counts as a checkpoint brings them, and for several runs in turn."""
+    """From the first step, from counts as checkpoints bring them, for several runs in turn."""
     params, *batch = one_batch()
     tx, policy = optimizer(POLICIES[name]), POLICIES[name]
     step = host_dispatched(loss_fn, tx)

@@ -196,15 +196,14 @@ def tripwire(w, start, trip):
 def guarded(kind, start):
     """A loss with a tripwire: ``(params, x, y, trip)``."""
 
+    def wire(params, trip):
+        return tripwire(params["output"]["kernel"], start["output"]["kernel"], trip)
+
     def loss(params, x, y, trip):
-        return loss_fn(params, x, y) + tripwire(
-            params["output"]["kernel"], start["output"]["kernel"], trip
-        )
+        return loss_fn(params, x, y) + wire(params, trip)
 
     def each(params, x, y, trip):
-        return per_example(params, x, y) + tripwire(
-            params["output"]["kernel"], start["output"]["kernel"], trip[0]
-        )
+        return per_example(params, x, y) + wire(params, trip[0])
 
     return each if kind in BY_EXAMPLE else loss
 
