@@ -18,3 +18,23 @@ def load_example(name: str) -> Any:
         patch.syspath_prepend(str(ROOT / "examples"))
         spec.loader.exec_module(module)
     return module
+
+
+def table(first: str) -> list[dict[str, str]]:
+    """The rows of the README's table whose first column has that heading, by heading."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+
+    def cells(line):
+        return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append(dict(zip(cells(lines[start]), cells(line), strict=True)))
+    return rows
+
+
+# By name: what the README says about every method.
+METHODS = {row["Method"].strip("`"): row for row in table("Method")}

@@ -19,12 +19,12 @@ import pytest
 
 import sam_optax
 from sam_optax import perturbations, policies, surrogates
-from tests.oracles import references, trajectories
+from tests.oracles import problems, references
 
 pytestmark = pytest.mark.usefixtures("float64")
 FILES = {
     path.name.removesuffix(".json.gz"): json.loads(gzip.decompress(path.read_bytes()))
-    for path in sorted(trajectories.GOLDEN.glob("*.json.gz"))
+    for path in sorted(problems.GOLDEN.glob("*.json.gz"))
 }
 RUNS = [(code, case) for code, file in FILES.items() for case in file["runs"]]
 
@@ -38,15 +38,15 @@ class Run:
         self.guard = self.stored["guard"]
         steps = self.stored["steps"][-1]
         if self.stored["problem"] == "mlp":
-            self.problem = trajectories.mlp(steps, self.stored.get("kept"))
+            self.problem = problems.classification(steps, self.stored.get("kept"))
         else:
-            self.problem = trajectories.rosenbrock(steps)
+            self.problem = problems.rosenbrock(steps)
         settings = dict(self.stored["base"])
         kind, self.learning_rate = settings.pop("name"), scheduled(settings.pop("learning_rate"))
         self.base = getattr(optax, kind)(self.learning_rate, **settings)
         self.inputs = (
             self.problem.start,
-            self.problem.gradients,
+            self.problem.gradients(self.problem.batches),
             getattr(references, kind)(self.learning_rate, **settings),
         )
 
@@ -84,7 +84,7 @@ def reference_gsam(run: Run):
     if isinstance(rho, dict):
         rho = [
             references.proportional_rho(run.learning_rate(t), **rho)
-            for t in range(len(run.problem.gradients))
+            for t in range(run.problem.steps)
         ]
         rho = scheduled(rho)
     return references.gsam(*run.inputs, rho=rho, alpha=run.h.alpha, eps=run.guard)
@@ -134,7 +134,7 @@ def reference_ae_sam(run: Run):
     yield from references.ae_sam(
         *run.inputs,
         references.ball(h.rho) if h.normalized else references.unnormalized(h.rho),
-        total_steps=len(run.problem.gradients),
+        total_steps=run.problem.steps,
         lambda_1=h.lambda_1,
         lambda_2=h.lambda_2,
         decay=h.decay,
@@ -146,7 +146,7 @@ def reference_ae_sam(run: Run):
 
 def library_ae_sam(run: Run):
     """The named method where the perturbation is normalized, else parts."""
-    h, total_steps = run.h, len(run.problem.gradients)
+    h, total_steps = run.h, run.problem.steps
     thresholds = {"lambda_1": h.lambda_1, "lambda_2": h.lambda_2, "decay": h.decay}
     look = hasattr(h, "alpha")
     if h.normalized and look:
@@ -163,9 +163,8 @@ def library_ae_sam(run: Run):
 
 def reference_esam(run: Run):
     return references.esam_code(
-        run.problem.start,
-        run.problem.gradients,
-        run.problem.perturbed_gradients,
+        *run.inputs[:2],
+        run.problem.gradients(run.problem.perturbed_batches),
         run.inputs[2],
         rho=run.h.rho,
         masks=np.array(run.stored["mask"]),
@@ -208,7 +207,7 @@ ROWS = {
     "asam__SamsungLabs": Row(
         lambda run: references.sam(
             *run.inputs,
-            references.adaptive_ball(run.h.rho, run.h.eta, run.problem.adaptive, run.guard),
+            references.adaptive_ball(run.h.rho, run.h.eta, run.problem.weights, run.guard),
         ),
         lambda run: sam_optax.asam(run.base, rho=run.h.rho, eta=run.h.eta),
     ),
@@ -216,7 +215,7 @@ ROWS = {
     "asam__davda54": Row(
         lambda run: references.sam(
             *run.inputs,
-            references.adaptive_ball(run.h.rho, 0.0, np.ones_like(run.problem.adaptive), run.guard),
+            references.adaptive_ball(run.h.rho, 0.0, np.ones_like(run.problem.weights), run.guard),
         ),
         lambda run: sam_optax.sharpness_aware(
             run.base, perturbations.steepest_ascent(run.h.rho, scale=absolute_values)
@@ -308,7 +307,7 @@ def test_every_file_has_its_row():
 @pytest.mark.parametrize(("code", "case"), RUNS)
 def test_reference(code, case):
     run, row = Run(code, case), ROWS[code]
-    followed = trajectories.stacked(run.problem, row.reference(run))
+    followed = problems.stacked(run.problem, row.reference(run))
     run.check(followed, slack=row.left_out)
 
 
@@ -316,8 +315,7 @@ def test_reference(code, case):
 def test_library(code, case):
     """The library adds nothing to a norm: it stays a few of the source's guards away."""
     run, row = Run(code, case), ROWS[code]
-    follow = jax.jit(lambda: trajectories.follow(run.problem, row.library(run)))
-    params, ascended = follow()
+    params, info = jax.jit(lambda: problems.follow(run.problem, row.library(run))[1])()
     run.check(params, slack=row.left_out + 10 * run.guard)
     if "ascended" in run.stored:
-        assert ascended.tolist() == run.stored["ascended"]
+        assert info.ascended.tolist() == run.stored["ascended"]

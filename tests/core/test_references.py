@@ -14,9 +14,16 @@ import pytest
 
 import sam_optax
 from sam_optax import perturbations, policies, sharpness_aware, surrogates
-from tests.oracles import references
+from tests.oracles import problems, references
+from tests.oracles.problems import (
+    Problem,
+    classification,
+    follow,
+    full_gradient,
+    rosenbrock,
+    stacked,
+)
 from tests.oracles.references import adaptive_ball, ball, fisher_ball, unnormalized
-from tests.oracles.trajectories import Problem, follow, mlp, rosenbrock, stacked
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 24
@@ -24,14 +31,17 @@ STEPS = 24
 
 def two_batches() -> Problem:
     """The MLP, with the perturbed gradient on the minibatch before."""
-    problem = mlp(STEPS)
+    problem = classification(STEPS)
     return problem._replace(
-        perturbed_gradients=problem.gradients[-1:] + problem.gradients[:-1],
         perturbed_batches=jax.tree.map(lambda x: np.roll(x, 1, axis=0), problem.batches),
     )
 
 
-PROBLEMS = {"mlp": mlp(STEPS), "two batches": two_batches(), "rosenbrock": rosenbrock(STEPS)}
+PROBLEMS = {
+    "mlp": classification(STEPS),
+    "two batches": two_batches(),
+    "rosenbrock": rosenbrock(STEPS),
+}
 RATES = {
     "mlp": (0.3, 0.1, 0.02),
     "two batches": (0.3, 0.1, 0.02),
@@ -92,7 +102,15 @@ class Paper(NamedTuple):
 
     @property
     def run(self) -> tuple[np.ndarray, list[references.Gradient], references.Base]:
-        return self.problem.start, self.problem.gradients, self.base
+        return self.problem.start, self.gradients, self.base
+
+    @property
+    def gradients(self) -> list[references.Gradient]:
+        return self.problem.gradients(self.problem.batches)
+
+    @property
+    def full_gradient(self) -> references.Gradient:
+        return self.problem.gradient(self.problem.everything)
 
 
 @dataclass(frozen=True)
@@ -113,17 +131,17 @@ class Case:
 
 
 def asam_ball(paper: Paper, rho: float, eta: float = 0.01) -> references.Ascent:
-    return adaptive_ball(rho, eta, paper.problem.adaptive)
+    return adaptive_ball(rho, eta, paper.problem.weights)
 
 
 def asam_scale(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.abs(w) + 0.01 if path[-1].key == "weight" else jnp.ones_like(w), params
+    return jax.tree.map(
+        lambda adapts, w: jnp.abs(w) + 0.01 if adapts else jnp.ones_like(w), weights(params), params
     )
 
 
 def weights(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
+    return jax.tree.map(lambda x: bool(np.all(x)), problems.weights(params))
 
 
 def fading(start: Any) -> Callable[[Any], Any]:
@@ -180,7 +198,7 @@ CASES = {
     ),
     "sam, weights alone": Case(
         lambda o: sam_optax.sam(o.base, mask=weights),
-        lambda p: references.sam(*p.run, lambda g, w: ball(0.05)(g * p.problem.adaptive, w)),
+        lambda p: references.sam(*p.run, lambda g, w: ball(0.05)(g * p.problem.weights, w)),
     ),
     "sam, unnormalized": Case(
         lambda o: sharpness_aware(o.base, perturbations.gradient_ascent(1e-3)),
@@ -357,7 +375,11 @@ CASES = {
             o.base, optax.chain(perturbations.project_onto(), perturbations.steepest_ascent(0.1))
         ),
         lambda p: references.sam_full(
-            p.problem.start, p.problem.gradients, p.problem.full_gradient, p.base, ball(0.1)
+            p.problem.start,
+            p.gradients,
+            p.problem.gradient(p.problem.everything),
+            p.base,
+            ball(0.1),
         ),
         direction=True,
         problems=("mlp",),  # without minibatches the noise is rounding
@@ -367,7 +389,11 @@ CASES = {
             o.base, optax.chain(perturbations.reject_from(), perturbations.steepest_ascent(0.1))
         ),
         lambda p: references.sam_noise(
-            p.problem.start, p.problem.gradients, p.problem.full_gradient, p.base, ball(0.1)
+            p.problem.start,
+            p.gradients,
+            p.problem.gradient(p.problem.everything),
+            p.base,
+            ball(0.1),
         ),
         direction=True,
         problems=("mlp",),  # without minibatches the noise is rounding
@@ -376,8 +402,8 @@ CASES = {
         lambda o: sam_optax.sam(o.base),
         lambda p: references.sam_db(
             p.problem.start,
-            p.problem.gradients,
-            p.problem.perturbed_gradients,
+            p.gradients,
+            p.problem.gradients(p.problem.perturbed_batches),
             p.base,
             ball(0.05),
         ),
@@ -403,14 +429,16 @@ def test_every_method_has_its_case():
 def test_method(name, where):
     case, problem, rates = CASES[name], PROBLEMS[where], RATES[where]
 
+    direction = full_gradient(problem) if case.direction else None
+
     @jax.jit
     def run(which):
         ours = Ours(one_of(optax_bases(rates), which), jnp.array(rates)[which])
-        return follow(problem, case.library(ours), direction=case.direction)
+        return follow(problem, case.library(ours), direction)[1]
 
     for which, base in enumerate(numpy_bases(rates)):
-        params, ascended = run(which)
-        paper = Paper(problem, base, rates[which], ascended.tolist())
+        params, info = run(which)
+        paper = Paper(problem, base, rates[which], info.ascended.tolist())
         expected = stacked(problem, case.reference(paper))
         chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-12)
         if where == "mlp" and case.skips:

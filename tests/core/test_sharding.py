@@ -10,7 +10,18 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.oracles.rows import ROWS, as_steps, base, expected, oracle, problem64, scan, trajectory
+from tests.oracles.rows import (
+    MASK,
+    ROWS,
+    a_few_rows,
+    assert_steps,
+    base,
+    expected,
+    follow,
+    oracle,
+    problem64,
+    trajectory,
+)
 
 SHARDS = 4
 
@@ -49,59 +60,62 @@ MAPPED = {
 
 
 # Every row where JAX checks what differs between devices; where it does not, and under pmap, which
-# runs the same program, some rows.
-SHARDED = [(row, "shard_map") for row in ROWS] + [
-    (row, mapped) for mapped in ("shard_map, unchecked", "pmap") for row in ROWS[::5]
+# runs the same program, some rows. Synchronized or not, masked or not, in turn.
+SHARDED = [
+    *(("shard_map", row, i % 2, i // 2 % 2) for i, row in enumerate(ROWS)),
+    *(("shard_map, unchecked", row, i % 2, 1 - i % 2) for i, row in enumerate(ROWS[::4])),
+    *(("pmap", row, 1 - i % 2, i // 2 % 2) for i, row in enumerate(ROWS[1::6])),
 ]
 
 
-@pytest.mark.parametrize("sync", [False, True], ids=["own", "sync"])
-@pytest.mark.parametrize(("row", "mapped"), SHARDED, ids=lambda x: getattr(x, "name", x))
-def test_shards(row, mapped, sync, float64):
+@pytest.mark.parametrize(
+    ("mapped", "row", "sync", "masked"), SHARDED, ids=lambda x: getattr(x, "name", x)
+)
+def test_shards(mapped, row, sync, masked, float64):
     """Four devices, each with its shard: the plain loop over shards, whatever maps them."""
-    problem = problem64()
-    tx = row.build(base(), axis_name="data", sync_perturbation=sync)
+    problem, mask = problem64(), MASK if masked else None
+    tx = row.build(base(), axis_name="data", sync_perturbation=bool(sync), mask=mask)
 
     def local(batches):
-        (_, state), (walked, info) = scan(row, tx, problem, batches)
+        (_, state), (walked, info) = follow(row, tx, problem, batches)
         return walked, info, state
 
     walked, info, _ = MAPPED[mapped](local, problem.shards(SHARDS))
-    w, steps_info = expected(oracle(row, problem, shards=SHARDS, sync=sync))
-    np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(as_steps(info), steps_info, rtol=1e-10, atol=1e-12)
+    steps = oracle(row, shards=SHARDS, sync=bool(sync), masked=bool(masked))
+    assert_steps(walked, info, steps)
 
 
-@pytest.mark.parametrize("row", ROWS[::4], ids=lambda row: row.name)
+@a_few_rows
 def test_shards_under_vmap(row, float64):
     problem = problem64()
     tx = row.build(base(), axis_name="data")
 
     def local(batches):
-        (_, state), (walked, _) = scan(row, tx, problem, batches)
+        (_, state), (walked, _) = follow(row, tx, problem, batches)
         return walked, state
 
     every = jax.jit(jax.vmap(local, axis_name="data", in_axes=1))(problem.shards(SHARDS))
-    w, _ = expected(oracle(row, problem, shards=SHARDS))
+    w, _ = expected(oracle(row, shards=SHARDS))
     for shard in range(SHARDS):
         walked, state = jax.tree.map(lambda x, shard=shard: x[shard], every)
         np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
         chex.assert_trees_all_equal(state, jax.tree.map(lambda x: x[0], every[1]))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("names", [("rows", "columns"), ["columns", "rows"]], ids=str)
+@pytest.mark.parametrize(
+    ("names", "check_vma"), [(("rows", "columns"), True), (["columns", "rows"], False)]
+)
 def test_shards_over_two_axes(names, check_vma, float64):
     problem, row = problem64(), ROWS[0]
     tx = row.build(base(), axis_name=names)
     run = jax.shard_map(
-        lambda b: scan(row, tx, problem, jax.tree.map(lambda x: x[:, 0], b))[1][0],
+        lambda b: follow(row, tx, problem, jax.tree.map(lambda x: x[:, 0], b))[1][0],
         mesh=mesh((2, 2), ("rows", "columns")),
         in_specs=(PartitionSpec(None, ("rows", "columns")),),
         out_specs=PartitionSpec(),
         check_vma=check_vma,
     )
-    w, _ = expected(oracle(row, problem, shards=SHARDS))
+    w, _ = expected(oracle(row, shards=SHARDS))
     walked = jax.jit(run)(problem.shards(SHARDS))
     np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
 
@@ -124,12 +138,12 @@ def test_shards_whose_gradient_was_taken_at_a_varying_point(sync, float64):
         return jax.lax.scan(body, (problem.params, tx.init(problem.params)), batches)[1]
 
     walked = over_shard_map(local, problem.shards(SHARDS), check_vma=True)
-    w, _ = expected(oracle(row, problem, shards=SHARDS, sync=sync))
+    w, _ = expected(oracle(row, shards=SHARDS, sync=sync))
     np.testing.assert_allclose(trajectory(walked), w, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
-@pytest.mark.parametrize("row", ROWS[::3], ids=lambda row: row.name)
+@a_few_rows
 def test_sharded_parameters_under_jit(row, axis_type):
     """One program over four devices: the step of one device, and the state stays where it was."""
     devices = jax.make_mesh((SHARDS,), ("data",), axis_types=(axis_type,))

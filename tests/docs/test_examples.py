@@ -10,7 +10,7 @@ from flax import nnx
 
 from sam_optax import sam
 from sam_optax.training import two_gradient_step
-from tests.oracles.training_problems import assert_close, assert_same
+from tests.oracles.trees import assert_close, assert_same
 from tests.repository import load_example
 
 

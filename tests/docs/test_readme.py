@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 
 import chex
 import jax
@@ -12,14 +11,13 @@ import pytest
 
 import sam_optax
 from sam_optax import perturbations, policies, surrogates
-from tests.repository import README
+from tests import repository
 
-# | `name` | [paper](link) | `parts` | gradients per step | `target` at `argument=value` | stored |
-ROW = re.compile(
-    r"^\| `(\w+)` \| \[[^|]*\) \| `([^|]*)` \| [^|]* \| `(\w+)` at `(.*?)` \| [^|]* \|$"
-)
-ROWS = [match.groups() for match in map(ROW.match, README.splitlines()) if match]
-
+# Name, parts, `target` at `argument=value`.
+ROWS = [
+    (name, row["Parts"].strip("`"), *row["Reduces to"].strip("`").split("` at `"))
+    for name, row in repository.METHODS.items()
+]
 BASE = optax.sgd(0.1, momentum=0.5)
 GIVEN = {"learning_rate": 0.1, "total_steps": 8, "key": jax.random.key(0)}
 PARTS = {"chain": optax.chain} | vars(perturbations) | vars(surrogates) | vars(policies)
@@ -69,7 +67,7 @@ def test_table_lists_every_method():
         and inspect.isfunction(getattr(sam_optax, name))
         and next(iter(inspect.signature(getattr(sam_optax, name)).parameters)) == "base"
     }
-    assert [row[0] for row in ROWS] == list(dict.fromkeys(row[0] for row in ROWS))
+    assert len(repository.table("Method")) == len(ROWS)
     assert {row[0] for row in ROWS} == methods
 
 

@@ -22,7 +22,7 @@ class Method(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step did: the parameters after it, and the numbers of its info."""
+    """What a step did: the parameters after it, and its info, 0 where nothing was measured."""
 
     w: Array
     ascended: bool
@@ -213,7 +213,7 @@ def run(
         g = np.mean(own, axis=0)
         moved = [method.perturbation((g if sync else gi)[kept], w[kept], t, m) for gi in own]
         ascend, s = method.policy(g, t, s)
-        gp, value, size = None, np.nan, 0.0
+        gp, value, size = None, 0.0, 0.0
         if ascend:
             points = [np.copy(w) for _ in shards]
             for point, (eps, _) in zip(points, moved, strict=True):
@@ -226,7 +226,7 @@ def run(
         d, term, v = method.surrogate(g, gp, t, v)
         trace = d + momentum * trace
         w = w - learning_rate * (trace + term)
-        second, cosine = np.nan, np.nan
+        second, cosine = 0.0, 0.0
         if gp is not None:
             second = float(norm(gp))
             cosine = float(g @ gp / norm(g) / second)

@@ -1,29 +1,42 @@
-"""Small problems that the tests share: known steps, several leaves, trees of odd shapes."""
+"""The problems to follow methods on: losses in JAX, and their gradients by hand in NumPy."""
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
+import optax
+
+from tests.oracles.trees import flat
+
+GOLDEN = Path(__file__).parent / "golden"
+Gradient = Callable[[np.ndarray], np.ndarray]
 
 
 class Problem(NamedTuple):
     """A loss on a sequence of batches.
 
     Attributes:
-        loss: ``loss(params, batch) -> scalar``, a mean over the batch.
-        params: where to start.
+        loss: in JAX, ``loss(params, batch) -> scalar``, a mean over the batch.
+        by_hand: in NumPy, ``by_hand(params, batch) -> (loss, gradient)``.
+        params: where to start, in NumPy's float64.
         batches: arrays with the steps as their first axis, the examples as their second.
+        perturbed_batches: what the perturbed point sees of them.
+        everything: the batch that holds all the data.
         direction: a tree like params, for the parts that project.
     """
 
     loss: Callable[[Any, Any], Any]
+    by_hand: Callable[[Any, Any], tuple[Any, Any]]
     params: Any
     batches: Any
-    direction: Any
+    perturbed_batches: Any
+    everything: Any = None
+    direction: Any = None
 
     @property
     def steps(self) -> int:
@@ -37,21 +50,84 @@ class Problem(NamedTuple):
         return jax.tree.map(lambda x: x.reshape(x.shape[0], count, -1, *x.shape[2:]), self.batches)
 
     def cast(self, dtype: Any) -> "Problem":
-        cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
+        """On JAX's arrays of that dtype."""
+        params, batches, direction = jax.tree.map(
+            lambda x: jnp.asarray(x, dtype), (self.params, self.batches, self.direction)
+        )
         return self._replace(
-            params=cast(self.params), batches=cast(self.batches), direction=cast(self.direction)
+            params=params, batches=batches, perturbed_batches=batches, direction=direction
         )
 
+    # For references, in which parameters are one flat vector.
 
-def mlp_loss(params: Any, batch: Any) -> Any:
-    x, y = batch
+    @property
+    def start(self) -> np.ndarray:
+        return flat(self.params)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Which entries belong to a weight, not a bias: bool[n]."""
+        return flat(weights(self.params)) > 0
+
+    def unflatten(self, w: np.ndarray) -> Any:
+        """f64[..., n] to a tree like params, with the same leading axes."""
+        leaves, structure = jax.tree.flatten(self.params)
+        cut = np.split(w, np.cumsum([np.size(x) for x in leaves])[:-1], axis=-1)
+        shapes = [(*w.shape[:-1], *np.shape(x)) for x in leaves]
+        return structure.unflatten([x.reshape(s) for x, s in zip(cut, shapes, strict=True)])
+
+    def evaluate(self, w: np.ndarray, batch: Any) -> tuple[float, np.ndarray]:
+        value, gradient = self.by_hand(self.unflatten(w), batch)
+        return float(value), flat(gradient)
+
+    def gradient(self, batch: Any) -> Gradient:
+        return lambda w: self.evaluate(w, batch)[1]
+
+    def gradients(self, batches: Any) -> list[Gradient]:
+        return [
+            self.gradient(jax.tree.map(lambda x, t=t: x[t], batches)) for t in range(self.steps)
+        ]
+
+
+def weights(params: Any) -> Any:
+    """1 in the place of weights, 0 in that of biases."""
+
+    def fill(path, x):
+        last = path[-1]
+        name = getattr(last, "key", getattr(last, "name", None))
+        return np.full(np.shape(x), float(name != "bias"))
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+# Regression by a small network.
+
+
+def predict(params: Any, x: Any) -> Any:
     hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    output = hidden @ params["output"]["kernel"] + params["output"]["bias"]
-    return jnp.mean(jnp.square(output - y))
+    return hidden @ params["output"]["kernel"] + params["output"]["bias"]
 
 
-def mlp(steps: int = 6, examples: int = 8, seed: int = 0) -> Problem:
-    """Regression by a network of 3 - 4 - 2 units, in NumPy's float64; cast it where it is used."""
+def squared_error(params: Any, x: Any, y: Any) -> Any:
+    return jnp.mean(jnp.square(predict(params, x) - y))
+
+
+def squared_error_by_hand(params: Any, batch: Any) -> Any:
+    (x, y), output = batch, params["output"]
+    x, y = np.asarray(x), np.asarray(y)
+    hidden = np.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    error = hidden @ output["kernel"] + output["bias"] - y
+    slope = 2 * error / error.size
+    inner = (slope @ output["kernel"].T) * (1 - hidden**2)
+    gradient = {
+        "hidden": {"kernel": x.T @ inner, "bias": inner.sum(0)},
+        "output": {"kernel": hidden.T @ slope, "bias": slope.sum(0)},
+    }
+    return np.mean(error**2), gradient
+
+
+def regression(steps: int = 6, examples: int = 8, seed: int = 0) -> Problem:
+    """A network of 3 - 4 - 2 units on random points."""
     rng = np.random.default_rng(seed)
 
     def draw():
@@ -61,50 +137,175 @@ def mlp(steps: int = 6, examples: int = 8, seed: int = 0) -> Problem:
         }
 
     batches = (rng.normal(size=(steps, examples, 3)), rng.normal(size=(steps, examples, 2)))
-    return Problem(mlp_loss, draw(), batches, draw())
+    return Problem(
+        lambda params, batch: squared_error(params, *batch),
+        squared_error_by_hand,
+        draw(),
+        batches,
+        batches,
+        direction=draw(),
+    )
 
 
-def quadratic(curvature: Any) -> Callable[[Any], Any]:
-    """0.5 sum a w^2, whose gradient is a w: the SAM gradient is a (w + rho a w / ||a w||)."""
-
-    def loss(params):
-        terms = jax.tree.map(lambda a, w: 0.5 * jnp.sum(a * w * w), curvature, params)
-        return sum(jax.tree.leaves(terms), start=0.0)
-
-    return loss
+def one_batch(examples: int = 16) -> Any:
+    """Parameters of the network, inputs and targets."""
+    problem = regression(steps=1, examples=examples)
+    return jax.tree.map(jnp.asarray, (problem.params, *problem.batch(0)))
 
 
-class Pair(NamedTuple):
-    left: Any
-    right: Any
+def train(step: Any, params: Any, state: Any, *batch: Any, steps: int = 2) -> Any:
+    """Parameters, state and the last metrics after several steps on one batch."""
+    metrics = None
+    for _ in range(steps):
+        params, state, metrics = step(params, state, *batch)
+    return params, state, metrics
 
 
-def odd_trees() -> dict[str, Any]:
-    """Trees as people have them: scalars, empty leaves, None (Equinox), tuples, one bare array."""
-    ones = jnp.ones
-    return {
-        "bare array": jnp.array([1.0, -2.0]),
-        "scalar": jnp.float32(3.0),
-        "scalar leaves": {"a": jnp.float32(1.0), "b": jnp.float32(-2.0)},
-        "empty leaf": {"a": ones((0, 3)), "b": jnp.array([1.0, 2.0])},
-        "none leaves": {"a": None, "b": [ones(2), None], "c": (None, ones((2, 1)))},
-        "named tuple": Pair(ones(2), (ones((1, 1, 3)), [ones(())])),
-        "many axes": [ones((1, 2, 1, 2, 1)), {"x": ones((3, 1))}],
-        "float16 and float32": {"a": ones(2, jnp.float16), "b": ones(3)},
-        "bfloat16 and float32": {"a": ones(2, jnp.bfloat16), "b": ones(3)},
-    }
+# What the stored trajectories of public code were run on.
 
 
-def flat(tree: Any) -> np.ndarray:
-    """All leaves in one NumPy vector."""
-    return np.asarray(ravel_pytree(tree)[0])
+class Layer(NamedTuple):
+    weight: Any
+    bias: Any
 
 
-def spec(tree: Any) -> Any:
-    """What must not change between steps: structure, and each leaf's shape, dtype, weak type."""
+def cross_entropy(params: Any, batch: Any) -> Any:
+    x, y = batch
+    first, second = params
+    logits = jnp.tanh(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    def describe(x):
-        aval = jax.typeof(x)
-        return (aval.shape, str(aval.dtype), aval.weak_type)
 
-    return jax.tree.map(describe, tree)
+def cross_entropy_by_hand(params: Any, batch: Any) -> Any:
+    x, y = batch
+    first, second = params
+    hidden = np.tanh(x @ first.weight.T + first.bias)
+    logits = hidden @ second.weight.T + second.bias
+    logits -= logits.max(axis=1, keepdims=True)
+    odds = np.exp(logits)
+    total = odds.sum(axis=1, keepdims=True)
+    d_logits = (odds / total - np.eye(4)[y]) / len(y)
+    d_hidden = (d_logits @ second.weight) * (1 - hidden**2)
+    value = np.mean(np.log(total[:, 0]) - logits[np.arange(len(y)), y])
+    return value, (
+        Layer(d_hidden.T @ x, d_hidden.sum(0)),
+        Layer(d_logits.T @ hidden, d_logits.sum(0)),
+    )
+
+
+def classification(steps: int = 20, kept: list[list[int]] | None = None) -> Problem:
+    """Cross-entropy of a tanh network, 10-8-4, on minibatches of 16 out of 64 random points.
+
+    Of each minibatch the perturbed point sees the examples ``kept``, or all of them.
+    """
+    data = json.loads((GOLDEN / "mlp.json").read_text())
+    start, inputs, labels = (np.array(data[key]) for key in ("start", "inputs", "labels"))
+    picks = np.array(data["minibatches"])[:steps]
+    kept_picks = picks if kept is None else np.take_along_axis(picks, np.array(kept), axis=1)
+    first, bias_1, second, bias_2 = np.split(start, [80, 88, 120])
+    return Problem(
+        cross_entropy,
+        cross_entropy_by_hand,
+        (Layer(first.reshape(8, 10), bias_1), Layer(second.reshape(4, 8), bias_2)),
+        batches=(inputs[picks], labels[picks]),
+        perturbed_batches=(inputs[kept_picks], labels[kept_picks]),
+        everything=(inputs, labels),
+    )
+
+
+def rosenbrock(steps: int = 40) -> Problem:
+    """(1 - x)^2 + 100 (y - x^2)^2, the same at every step."""
+
+    def loss(params, batch):
+        del batch
+        x, y = params["weight"]
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    def by_hand(params, batch):
+        x, y = params["weight"]
+        slope = np.array([-2 * (1 - x) - 400 * x * (y - x**2), 200 * (y - x**2)])
+        return loss(params, batch), {"weight": slope}
+
+    nothing = np.zeros(steps)
+    start = {"weight": np.array([-1.2, 1.0])}
+    return Problem(loss, by_hand, start, nothing, nothing, everything=np.zeros(()))
+
+
+def quartic(steps: int) -> Problem:
+    """0.25 sum (w - b)^4 + 0.5 sum w^2 over two leaves, b of the batch: nearly no arithmetic."""
+
+    def loss(params, batch):
+        w = jnp.concatenate([params["bias"], params["kernel"]])
+        return 0.25 * jnp.mean(jnp.sum((w - batch) ** 4, axis=-1)) + 0.5 * jnp.sum(w**2)
+
+    def by_hand(params, batch):
+        w = np.concatenate([params["bias"], params["kernel"]])
+        slope = np.mean((w - batch) ** 3, axis=0) + w
+        value = 0.25 * np.mean(np.sum((w - batch) ** 4, axis=-1)) + 0.5 * np.sum(w**2)
+        return value, {"bias": slope[:2], "kernel": slope[2:]}
+
+    rng = np.random.default_rng(1)
+
+    def draw():
+        return {"kernel": 0.7 * rng.normal(size=3), "bias": 0.7 * rng.normal(size=2)}
+
+    batches = 0.7 * rng.normal(size=(steps, 1, 5))
+    return Problem(loss, by_hand, draw(), batches, batches, direction=draw())
+
+
+# Following a method.
+
+
+def stacked(problem: Problem, trajectory: Iterable[np.ndarray]) -> Any:
+    """The parameters after every step of a reference, as a tree of stacked leaves."""
+    return problem.unflatten(np.stack(list(trajectory)))
+
+
+def stepper(problem: Problem, tx: Any, direction: Callable[[Any], Any] | None = None) -> Callable:
+    """``(params, state, batch, perturbed_batch) -> (params, state)``, with the loss known.
+
+    With ``direction``, a function of the parameters, every update is handed ``direction=``.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, batch, perturbed_batch=None):
+        seen = batch if perturbed_batch is None else perturbed_batch
+        grads = jax.grad(problem.loss)(params, batch)
+        extra = {} if direction is None else {"direction": direction(params)}
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value_and_grad_fn=lambda p: jax.value_and_grad(problem.loss)(p, seen),
+            **extra,
+        )
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def follow(
+    problem: Problem,
+    tx: Any,
+    direction: Callable[[Any], Any] | None = None,
+    batches: Any = None,
+) -> Any:
+    """All steps under `lax.scan`, to be jitted.
+
+    Returns:
+        Last params and last state; and stacked, params after and state's info of every step.
+    """
+    step = stepper(problem, tx, direction)
+
+    def body(carry, batch):
+        params, state = step(*carry, *batch)
+        return (params, state), (params, getattr(state, "info", None))
+
+    params = jax.tree.map(jnp.asarray, problem.params)
+    batches = (problem.batches, problem.perturbed_batches) if batches is None else (batches,)
+    return jax.lax.scan(body, (params, tx.init(params)), batches)
+
+
+def full_gradient(problem: Problem) -> Callable[[Any], Any]:
+    """The gradient over all the data, as a direction."""
+    return functools.partial(lambda batch, p: jax.grad(problem.loss)(p, batch), problem.everything)

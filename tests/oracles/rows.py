@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import sam_optax
 from sam_optax import sharpness_aware
@@ -31,14 +30,16 @@ from sam_optax.surrogates import (
     reuse_orthogonal,
     weight_decoupled,
 )
-from tests.oracles import parts as np_parts
-from tests.oracles.problems import Problem, flat, mlp
+from tests.oracles import parts, problems
+from tests.oracles.problems import Problem, regression, weights
+from tests.oracles.trees import flat
 
 RHO = 0.3
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 TOTAL = 6
 KEY = jax.random.key(3)
+MASK = {"hidden": {"kernel": True, "bias": False}, "output": {"kernel": True, "bias": True}}
 
 
 def untyped(x: Any) -> Any:
@@ -71,9 +72,6 @@ class Facts(NamedTuple):
 
 def facts(params: Any, direction: Any) -> Facts:
     """Facts about the perturbed leaves; None stands for the others."""
-    weights = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.full(np.shape(x), float(path[-1].key != "bias")), params
-    )
     ones = jax.tree.map(jnp.ones_like, params)
 
     def kept(beta, t):
@@ -82,7 +80,7 @@ def facts(params: Any, direction: Any) -> Facts:
     def ascends(probability, t):
         return bool(sam_optax.policies.bernoulli(KEY, probability).decide(None, t, ())[0])
 
-    return Facts(flat(weights), flat(direction), kept, ascends)
+    return Facts(flat(weights(params)), flat(direction), kept, ascends)
 
 
 class Row(NamedTuple):
@@ -90,7 +88,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: of the test case; a public method's name comes first in it.
-        build: ``build(base, rho=..., mask=..., axis_name=..., sync_perturbation=...)``.
+        build: ``build(base, rho=..., mask=..., ...)``; unless told otherwise, all is measured.
         method: its NumPy counterpart, from `Facts` and rho.
         scale_free: eps does not change when the loss is multiplied by a positive number.
         direction: ``update`` takes ``direction=``.
@@ -100,32 +98,39 @@ class Row(NamedTuple):
 
     name: str
     build: Callable[..., Any]
-    method: Callable[[Facts, float], np_parts.Method]
+    method: Callable[[Facts, float], parts.Method]
     scale_free: bool = True
     direction: bool = False
     whole: bool = True
     base_at_zero: bool = True
 
-    def extra(self, problem: Problem) -> dict[str, Any]:
+    def extra(self, problem: Problem) -> Callable[[Any], Any] | None:
+        return (lambda params: problem.direction) if self.direction else None
+
+    def keywords(self, problem: Problem) -> dict[str, Any]:
         return {"direction": problem.direction} if self.direction else {}
 
 
-def _composed(*parts: Any, **known: Any) -> Callable:
+def _composed(*some: Any, **known: Any) -> Callable:
     """A builder for parts that are functions of rho or, as the policy, given as they are."""
 
     def build(base, rho=RHO, **kwargs):
-        perturbation, *others = parts
-        return sharpness_aware(base, perturbation(rho), *others, **known, **kwargs)
+        perturbation, *others = some
+        options = {"info": True} | known | kwargs
+        return sharpness_aware(base, perturbation(rho), *others, **options)
 
     return build
 
 
 def _named(method: Callable, *args: Any, **known: Any) -> Callable:
-    return lambda base, rho=RHO, **kwargs: method(base, *args, rho=rho, **known, **kwargs)
+    def build(base, rho=RHO, **kwargs):
+        return method(base, *args, rho=rho, **{"info": True} | known | kwargs)
+
+    return build
 
 
-def _method(perturbation, surrogate=np_parts.perturbed, policy=np_parts.always):
-    return np_parts.Method(perturbation, surrogate, policy)
+def _method(perturbation, surrogate=parts.perturbed, policy=parts.always):
+    return parts.Method(perturbation, surrogate, policy)
 
 
 def _gradient_scale(params):
@@ -133,129 +138,125 @@ def _gradient_scale(params):
 
 
 ROWS = (
-    Row("sam", _named(sam_optax.sam), lambda f, rho: _method(np_parts.ball(rho))),
+    Row("sam", _named(sam_optax.sam), lambda f, rho: _method(parts.ball(rho))),
     Row(
         "asam",
         _named(sam_optax.asam, eta=0.1),
-        lambda f, rho: _method(np_parts.ball(rho, f.adaptive(0.1))),
+        lambda f, rho: _method(parts.ball(rho, f.adaptive(0.1))),
     ),
     Row(
         "fisher_sam",
         _named(sam_optax.fisher_sam, eta=2.0),
-        lambda f, rho: _method(np_parts.fisher(rho, 2.0)),
+        lambda f, rho: _method(parts.fisher(rho, 2.0)),
         scale_free=False,
     ),
     Row(
         "gsam",
         _named(sam_optax.gsam, alpha=0.4),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.gap(0.4)),
+        lambda f, rho: _method(parts.ball(rho), parts.gap(0.4)),
     ),
     Row(
         "wsam",
         _named(sam_optax.wsam, LEARNING_RATE, gamma=0.8),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.decoupled(0.8)),
+        lambda f, rho: _method(parts.ball(rho), parts.decoupled(0.8)),
     ),
     Row(
         "coupled_wsam",
         _named(sam_optax.coupled_wsam, gamma=0.8),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.mixed(0.8 / (1 - 0.8))),
+        lambda f, rho: _method(parts.ball(rho), parts.mixed(0.8 / (1 - 0.8))),
     ),
     Row(
         "stable_sam",
         _named(sam_optax.stable_sam),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.stabilized(np_parts.perturbed)),
+        lambda f, rho: _method(parts.ball(rho), parts.stabilized(parts.perturbed)),
     ),
     Row(
         "stable_sam, clipped",
         _named(sam_optax.stable_sam, clip=0.8),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.stabilized(np_parts.perturbed, 0.8)),
+        lambda f, rho: _method(parts.ball(rho), parts.stabilized(parts.perturbed, 0.8)),
         base_at_zero=False,
     ),
     Row(
         "stable_asam",
         _named(sam_optax.stable_asam, eta=0.1),
-        lambda f, rho: _method(
-            np_parts.ball(rho, f.adaptive(0.1)), np_parts.stabilized(np_parts.perturbed)
-        ),
+        lambda f, rho: _method(parts.ball(rho, f.adaptive(0.1)), parts.stabilized(parts.perturbed)),
     ),
     Row(
         "friendly_sam",
         _named(sam_optax.friendly_sam, sigma=0.8, decay=0.6),
-        lambda f, rho: _method(np_parts.friendly(0.8, 0.6, "updated", np_parts.ball(rho))),
+        lambda f, rho: _method(parts.friendly(0.8, 0.6, "updated", parts.ball(rho))),
     ),
     Row(
         "friendly_sam, previous",
         _named(sam_optax.friendly_sam, sigma=0.8, decay=0.6, ema="previous"),
-        lambda f, rho: _method(np_parts.friendly(0.8, 0.6, "previous", np_parts.ball(rho))),
+        lambda f, rho: _method(parts.friendly(0.8, 0.6, "previous", parts.ball(rho))),
     ),
     Row(
         "friendly_asam",
         _named(sam_optax.friendly_asam, eta=0.1, sigma=0.8, decay=0.6),
         lambda f, rho: _method(
-            np_parts.friendly(0.8, 0.6, "updated", np_parts.ball(rho, f.adaptive(0.1)))
+            parts.friendly(0.8, 0.6, "updated", parts.ball(rho, f.adaptive(0.1)))
         ),
     ),
     Row(
         "look_sam",
         _named(sam_optax.look_sam, alpha=0.7, k=3),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.reused(0.7), np_parts.every(3)),
+        lambda f, rho: _method(parts.ball(rho), parts.reused(0.7), parts.every(3)),
     ),
     Row(
         "ss_sam",
         _named(sam_optax.ss_sam, KEY, probability=0.4),
-        lambda f, rho: _method(
-            np_parts.ball(rho), policy=np_parts.drawn(lambda t: f.ascends(0.4, t))
-        ),
+        lambda f, rho: _method(parts.ball(rho), policy=parts.drawn(lambda t: f.ascends(0.4, t))),
     ),
     Row(
         "ae_sam",
         _named(sam_optax.ae_sam, TOTAL, decay=0.5),
-        lambda f, rho: _method(np_parts.ball(rho), policy=np_parts.sharp(TOTAL, -1.0, 1.0, 0.5)),
+        lambda f, rho: _method(parts.ball(rho), policy=parts.sharp(TOTAL, -1.0, 1.0, 0.5)),
     ),
     Row(
         "ae_look_sam",
         _named(sam_optax.ae_look_sam, TOTAL, lambda_2=0.5, decay=0.7),
         lambda f, rho: _method(
-            np_parts.ball(rho), np_parts.reused(0.3), np_parts.sharp(TOTAL, 0.0, 0.5, 0.7)
+            parts.ball(rho), parts.reused(0.3), parts.sharp(TOTAL, 0.0, 0.5, 0.7)
         ),
     ),
     Row(
         "vasso",
         _named(sam_optax.vasso, theta=0.4),
-        lambda f, rho: _method(np_parts.averaged(0.4, np_parts.ball(rho))),
+        lambda f, rho: _method(parts.averaged(0.4, parts.ball(rho))),
     ),
     Row(
         "gnp",
         _named(sam_optax.gnp, alpha=0.6),
-        lambda f, rho: _method(np_parts.ball(rho), np_parts.mixed(0.6)),
+        lambda f, rho: _method(parts.ball(rho), parts.mixed(0.6)),
     ),
     Row(
         "sharpness_aware, unnormalized",
         _composed(gradient_ascent),
-        lambda f, rho: _method(np_parts.unnormalized(rho)),
+        lambda f, rho: _method(parts.unnormalized(rho)),
         scale_free=False,
     ),
     Row(
         "sharpness_aware, own scale",
         _composed(lambda rho: steepest_ascent(rho, _gradient_scale)),
-        lambda f, rho: _method(np_parts.ball(rho, lambda w: 0.5 + w**2)),
+        lambda f, rho: _method(parts.ball(rho, lambda w: 0.5 + w**2)),
     ),
     Row(
         "sharpness_aware, along a direction",
         _composed(lambda rho: optax.chain(project_onto(), steepest_ascent(rho))),
-        lambda f, rho: _method(np_parts.along(f.direction, np_parts.ball(rho))),
+        lambda f, rho: _method(parts.along(f.direction, parts.ball(rho))),
         direction=True,
     ),
     Row(
         "sharpness_aware, across a direction",
         _composed(lambda rho: optax.chain(reject_from(), steepest_ascent(rho))),
-        lambda f, rho: _method(np_parts.across(f.direction, np_parts.ball(rho))),
+        lambda f, rho: _method(parts.across(f.direction, parts.ball(rho))),
         direction=True,
     ),
     Row(
         "sharpness_aware, random mask",
         _composed(lambda rho: optax.chain(steepest_ascent(rho), random_mask(KEY, 0.6))),
-        lambda f, rho: _method(np_parts.thinned(np_parts.ball(rho), lambda t: f.kept(0.6, t))),
+        lambda f, rho: _method(parts.thinned(parts.ball(rho), lambda t: f.kept(0.6, t))),
         whole=False,
     ),
     Row(
@@ -265,20 +266,18 @@ ROWS = (
             weight_decoupled(0.7),
             learning_rate=LEARNING_RATE,
         ),
-        lambda f, rho: _method(np_parts.fisher(rho, 1.0), np_parts.decoupled(0.7)),
+        lambda f, rho: _method(parts.fisher(rho, 1.0), parts.decoupled(0.7)),
         scale_free=False,
     ),
     Row(
         "sharpness_aware, late",
         _composed(steepest_ascent, gap_descent(0.4), from_step(2, always())),
-        lambda f, rho: _method(
-            np_parts.ball(rho), np_parts.gap(0.4), np_parts.later(2, np_parts.always)
-        ),
+        lambda f, rho: _method(parts.ball(rho), parts.gap(0.4), parts.later(2, parts.always)),
     ),
     Row(
         "sharpness_aware, never",
         _composed(steepest_ascent, perturbed_gradient(), never()),
-        lambda f, rho: _method(np_parts.ball(rho), policy=np_parts.never),
+        lambda f, rho: _method(parts.ball(rho), policy=parts.never),
     ),
     Row(
         "sharpness_aware, adaptive renormalized reuse",
@@ -286,16 +285,30 @@ ROWS = (
             lambda rho: adaptive_ascent(rho, 0.1), renormalized(reuse_orthogonal(0.5)), every(2)
         ),
         lambda f, rho: _method(
-            np_parts.ball(rho, f.adaptive(0.1)),
-            np_parts.stabilized(np_parts.reused(0.5)),
-            np_parts.every(2),
+            parts.ball(rho, f.adaptive(0.1)),
+            parts.stabilized(parts.reused(0.5)),
+            parts.every(2),
         ),
     ),
 )
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-# For what the combinator does, whatever its parts are: rows of every kind of state.
-some_rows = pytest.mark.parametrize("row", ROWS[::3], ids=lambda row: row.name)
+# For what the combinator does, whatever its parts are: a row of every kind.
+some_rows = pytest.mark.parametrize("row", ROWS[::4], ids=lambda row: row.name)
+a_few_rows = pytest.mark.parametrize(
+    "row",
+    [
+        row
+        for row in ROWS
+        if row.name
+        in (
+            "wsam",  # past the base
+            "friendly_sam, previous",  # a state in the perturbation
+            "ae_look_sam",  # in the rule and in the policy
+        )
+    ],
+    ids=lambda row: row.name,
+)
 
 METHODS = {
     name: function
@@ -305,15 +318,29 @@ METHODS = {
 }
 
 
+PROBLEM = regression()
+
+
 @functools.cache
-def gradient(loss: Callable) -> Callable:
-    """``(params, batch) -> (loss, gradient)``, compiled once for all rows."""
-    return jax.jit(jax.value_and_grad(loss))
+def problem64() -> Problem:
+    return PROBLEM.cast(np.float64)
 
 
-def oracle(row: Row, problem: Problem, *, shards: int = 1, sync: bool = False, mask: Any = None):
-    """The row's steps on a float64 problem in NumPy, the examples cut into shards."""
-    whole, unravel = ravel_pytree(problem.params)
+@functools.cache
+def problem32() -> Problem:
+    return PROBLEM.cast(np.float32)
+
+
+def by_hand(
+    problem: Problem,
+    make: Callable[[Facts], parts.Method],
+    *,
+    momentum: float = 0.0,
+    shards: int = 1,
+    sync: bool = False,
+    mask: Any = None,
+) -> list[parts.Step]:
+    """A method's steps in NumPy, the examples cut into shards."""
     mask = jax.tree.map(lambda x: True, problem.params) if mask is None else mask
 
     def chosen(tree):
@@ -321,70 +348,68 @@ def oracle(row: Row, problem: Problem, *, shards: int = 1, sync: bool = False, m
 
     def shard(t, i):
         batch = jax.tree.map(lambda x: x[t, i], problem.shards(shards))
+        return lambda w: problem.evaluate(w, batch)
 
-        def evaluate(w):
-            value, grads = gradient(problem.loss)(unravel(w), batch)
-            return float(value), flat(grads)
-
-        return evaluate
-
-    steps = np_parts.run(
-        row.method(facts(chosen(problem.params), chosen(problem.direction)), RHO),
-        np.asarray(whole),
+    w = problem.start
+    steps = parts.run(
+        make(facts(chosen(problem.params), chosen(problem.direction))),
+        w,
         [[shard(t, i) for i in range(shards)] for t in range(problem.steps)],
         learning_rate=LEARNING_RATE,
-        momentum=MOMENTUM,
-        chosen=flat(chosen(unravel(jnp.arange(whole.size, dtype=whole.dtype)))).astype(int),
+        momentum=momentum,
+        chosen=flat(chosen(problem.unflatten(np.arange(w.size)))).astype(int),
         sync=sync,
     )
     return list(steps)
 
 
-@functools.cache
-def problem64() -> Problem:
-    return mlp().cast(np.float64)
+def named(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
 
 
 @functools.cache
-def problem32() -> Problem:
-    return mlp().cast(np.float32)
+def oracle(row: Row, *, shards: int = 1, sync: bool = False, masked: bool = False):
+    """The row's steps on `PROBLEM` in NumPy, the examples cut into shards."""
+    with jax.enable_x64(True):
+        return by_hand(
+            PROBLEM,
+            lambda known: row.method(known, RHO),
+            momentum=MOMENTUM,
+            shards=shards,
+            sync=sync,
+            mask=MASK if masked else None,
+        )
 
 
-def as_steps(info: sam_optax.SharpnessInfo) -> np.ndarray:
-    """Stacked info as an array: (steps, fields)."""
-    return np.stack([np.asarray(field, np.float64) for field in info], axis=-1)
+def stepper(row: Row, tx: Any, problem: Problem) -> Callable:
+    return problems.stepper(problem, tx, row.extra(problem))
 
 
-def step_fn(row: Row, tx: Any, problem: Problem):
-    """``(params, state, batch) -> (params, state)``, with the loss known."""
-    extra = row.extra(problem)
-
-    def step(params, state, batch):
-        evaluate = jax.value_and_grad(lambda p: problem.loss(p, batch))
-        grads = evaluate(params)[1]
-        updates, state = tx.update(grads, state, params, value_and_grad_fn=evaluate, **extra)
-        return optax.apply_updates(params, updates), state
-
-    return step
+def follow(row: Row, tx: Any, problem: Problem, batches: Any = None) -> Any:
+    return problems.follow(problem, tx, row.extra(problem), batches)
 
 
-def scan(row: Row, tx: Any, problem: Problem, batches: Any = None):
-    """All steps under `lax.scan`: the last params and state, and (params, info) of every step."""
-    step = step_fn(row, tx, problem)
-
-    def body(carry, batch):
-        params, state = step(carry[0], carry[1], batch)
-        return (params, state), (params, state.info)
-
-    start = (problem.params, tx.init(problem.params))
-    return jax.lax.scan(body, start, problem.batches if batches is None else batches)
+def measured(info: Any) -> np.ndarray:
+    """Info as an array, one step or many: (steps, fields); what was not measured is 0."""
+    fields = [np.asarray(getattr(info, name), np.float64) for name in parts.Step._fields[1:]]
+    ascended, grad_norm, *others = fields
+    others = [np.where(ascended, x, 0.0) for x in others]
+    return np.stack([ascended, grad_norm, *others], axis=-1)
 
 
-def expected(steps):
+def expected(steps: list[parts.Step]) -> tuple[np.ndarray, np.ndarray]:
     """The oracle's parameters, and its info."""
     return np.stack([s.w for s in steps]), np.array([s[1:] for s in steps], float)
 
 
 def trajectory(params: Any) -> np.ndarray:
     """Stacked parameters as an array: (steps, parameters)."""
-    return np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(params))
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+
+
+def assert_steps(walked: Any, info: Any, steps: list[parts.Step], rtol=1e-10, atol=1e-12):
+    """The trajectory and its info are the oracle's."""
+    w, numbers = expected(steps)
+    np.testing.assert_allclose(trajectory(walked), w, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(measured(info), numbers, rtol=rtol, atol=atol)

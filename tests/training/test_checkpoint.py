@@ -14,7 +14,9 @@ from flax.training.train_state import TrainState
 
 import sam_optax
 from sam_optax.training import host_dispatched, linen_step, nnx_step
-from tests.oracles.training_problems import assert_same, loss_fn, problem
+from tests.oracles.problems import one_batch
+from tests.oracles.problems import squared_error as loss_fn
+from tests.oracles.trees import assert_same
 
 KEY = jax.random.key(2)
 METHODS = {
@@ -120,7 +122,7 @@ def test_nnx(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_host_dispatched(name, tmp_path):
     """A fresh process knows nothing of the look-ahead: the count in the restored state decides."""
-    params, x, y = problem()
+    params, x, y = one_batch()
     tx = METHODS[name]()
 
     def run(pair: Any, count):

@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 
 import sam_optax
 from sam_optax.training import linen_step, nnx_step
-from tests.oracles.training_problems import assert_close, assert_same
+from tests.oracles.trees import assert_close, assert_same
 from tests.training.flax_models import build, data, parameters, statistics
 
 
@@ -76,9 +76,12 @@ def rng_counts(model):
     }
 
 
+BASE = optax.sgd(0.05, momentum=0.9)
 TX = {
-    "resnet": lambda: sam_optax.gsam(optax.sgd(0.05, momentum=0.9), rho=0.1, alpha=0.3),
-    "transformer": lambda: sam_optax.look_sam(optax.sgd(0.05, momentum=0.9), rho=0.1, k=2),
+    "resnet": lambda: sam_optax.gsam(optax.sgd(0.05, momentum=0.9), rho=0.1, alpha=0.3, info=True),
+    "transformer": lambda: sam_optax.look_sam(
+        optax.sgd(0.05, momentum=0.9), rho=0.1, k=2, info=True
+    ),
 }
 
 
@@ -126,23 +129,15 @@ def test_linen_nnx_and_a_hand_written_step_agree(name):
     assert bool(metrics.ascended)  # the third step of period two
 
 
-def assert_equal(got, wanted, exactly):
-    (assert_same if exactly else functools.partial(assert_close, rtol=1e-4, atol=1e-6))(got, wanted)
+# XLA may fuse the plain step and the one with two gradients differently, and so round differently.
+near = functools.partial(assert_close, rtol=1e-4, atol=1e-6)
 
 
-# XLA may fuse the plain step and the one with two gradients differently, and so round differently;
-# op by op, the numbers must be the same to the last bit.
-@pytest.fixture(params=["jit", "op by op"])
-def exactly(request):
-    with jax.disable_jit(request.param == "op by op"):
-        yield request.param == "op by op"
-
-
-def test_linen_rho_zero_is_the_plain_step_bit_for_bit(exactly):
+def test_linen_rho_zero_is_the_plain_step():
     linen, variables, _ = build("resnet", dropout=0.5)
     x, y = data("resnet")
     base = optax.adamw(0.01, eps=1e-3)
-    state = linen_state(linen, variables, sam_optax.sam(base, rho=0.0))
+    state = linen_state(linen, variables, sam_optax.sam(base, rho=0.0, info=True))
     plain = linen_state(linen, variables, base)
 
     @jax.jit
@@ -159,21 +154,28 @@ def test_linen_rho_zero_is_the_plain_step_bit_for_bit(exactly):
         key = jax.random.key(i)
         state, metrics = step(state, x, y, key)
         plain, (loss, logits) = plain_step(plain, x, y, key)
-        assert_equal(state.params, plain.params, exactly)
-        assert_equal(state.opt_state.base, plain.opt_state, exactly)
-        assert_equal(state.batch_stats, plain.batch_stats, exactly)
-        assert_equal((metrics.loss, metrics.aux[0]), (loss, logits), exactly)
+        near(state.params, plain.params)
+        near(state.opt_state.base, plain.opt_state)
+        near(state.batch_stats, plain.batch_stats)
+        near((metrics.loss, metrics.aux[0]), (loss, logits))
         assert_same(jnp.asarray(state.step), jnp.asarray(plain.step))
         # The second pass saw the same dropout mask.
         np.testing.assert_allclose(metrics.perturbed_loss, metrics.loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.cosine, 1, atol=1e-6)
 
 
-def test_nnx_rho_zero_is_the_plain_step_bit_for_bit(exactly):
+@pytest.fixture
+def op_by_op():
+    with jax.disable_jit():
+        yield
+
+
+@pytest.mark.usefixtures("op_by_op")
+def test_nnx_rho_zero_is_the_plain_step_bit_for_bit():
     base = optax.adamw(0.01, eps=1e-3)
     model, plain = (build("resnet", dropout=0.5)[2] for _ in range(2))
     x, y = data("resnet")
-    optimizer = nnx.Optimizer(model, sam_optax.sam(base, rho=0.0), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, sam_optax.sam(base, rho=0.0, info=True), wrt=nnx.Param)
     plain_optimizer = nnx.Optimizer(plain, base, wrt=nnx.Param)
 
     @nnx.jit
@@ -186,12 +188,10 @@ def test_nnx_rho_zero_is_the_plain_step_bit_for_bit(exactly):
     for i in range(2):
         metrics = step(model, optimizer, x, y)
         loss, logits = plain_step(plain, plain_optimizer, x, y)
-        assert_equal(parameters(model), parameters(plain), exactly)
-        assert_equal(statistics(model), statistics(plain), exactly)
-        assert_equal(
-            nnx.as_pure(optimizer.opt_state).base, nnx.as_pure(plain_optimizer.opt_state), exactly
-        )
-        assert_equal((metrics.loss, metrics.aux), (loss, logits), exactly)
+        assert_same(parameters(model), parameters(plain))
+        assert_same(statistics(model), statistics(plain))
+        assert_same(nnx.as_pure(optimizer.opt_state).base, nnx.as_pure(plain_optimizer.opt_state))
+        assert_same((metrics.loss, metrics.aux), (loss, logits))
         assert_same(optimizer.step[...], plain_optimizer.step[...])
         rngs = nnx.Any(nnx.RngKey, nnx.RngCount)
         assert_same(nnx.as_pure(nnx.state(model, rngs)), nnx.as_pure(nnx.state(plain, rngs)))
@@ -310,7 +310,8 @@ def test_nnx_optimizer_over_some_variables_only():
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     model = nnx.LoRA(2, 1, 2, base_module=layer, rngs=nnx.Rngs(1))
     kernel, adapter = layer.kernel[...], model.lora_b[...]
-    optimizer = nnx.Optimizer(model, sam_optax.friendly_sam(optax.sgd(0.1)), wrt=nnx.LoRAParam)
+    tx = sam_optax.friendly_sam(optax.sgd(0.1), info=True)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     step = nnx.jit(lambda m, o, x: nnx_step(m, o, lambda m, x: jnp.mean(m(x) ** 2), x))
     metrics = step(model, optimizer, jnp.ones((4, 2)))
     np.testing.assert_array_equal(layer.kernel[...], kernel)

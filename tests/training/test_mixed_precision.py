@@ -23,7 +23,9 @@ from sam_optax.training import (
     nnx_step,
     two_gradient_step,
 )
-from tests.oracles.training_problems import assert_close, assert_same, flat, loss_fn, problem
+from tests.oracles.problems import one_batch
+from tests.oracles.problems import squared_error as loss_fn
+from tests.oracles.trees import assert_close, assert_same, flat
 
 # --- Precision of eps -----------------------------------------------------------------------------
 
@@ -34,14 +36,14 @@ def to(dtype, tree):
 
 def test_float32_masters_with_bfloat16_compute():
     """eps keeps its length, masters and optimizer state stay float32."""
-    params, x, y = to(jnp.float32, problem())
+    params, x, y = to(jnp.float32, one_batch())
 
     def loss(params, x, y):
         return loss_fn(to(jnp.bfloat16, params), to(jnp.bfloat16, x), to(jnp.bfloat16, y)).astype(
             jnp.float32
         )
 
-    tx = sam_optax.sam(optax.adam(0.01), rho=1e-3)
+    tx = sam_optax.sam(optax.adam(0.01), rho=1e-3, info=True)
     new, state, metrics = jax.jit(two_gradient_step(loss, tx))(params, tx.init(params), x, y)
     assert {p.dtype for p in jax.tree.leaves((new, state.base[0].mu))} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics.perturbation_norm, 1e-3, rtol=1e-4)
@@ -62,7 +64,7 @@ def test_bfloat16_parameters_swallow_eps_and_the_metric_shows_it():
     rounding = optax.chain(part, perturbations.stochastic_rounding(jax.random.key(0)))
 
     def measure(w, perturbation):
-        tx = sharpness_aware(optax.sgd(0.0), perturbation)
+        tx = sharpness_aware(optax.sgd(0.0), perturbation, info=True)
         return jax.jit(two_gradient_step(loss, tx))(w, tx.init(w))[2]
 
     exact = measure(w.astype(jnp.float32), part)
@@ -148,7 +150,7 @@ MAKE: dict[str, Callable] = {
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_power_of_two_as_loss_scale_changes_nothing(name):
-    params, x, y = to(jnp.float32, problem())
+    params, x, y = to(jnp.float32, one_batch())
     tx = sam_optax.gsam(optax.adam(0.01), rho=0.1, alpha=0.2)
     make = MAKE[name](per_example if name in BY_EXAMPLE else loss_fn, tx)
     step = make if name == "host_dispatched" else jax.jit(make)
@@ -166,7 +168,7 @@ def test_loss_scale_saves_small_float16_gradients():
         return jnp.mean((w.astype(jnp.float16) * x.astype(jnp.float16)).astype(jnp.float16) * 1e-3)
 
     w, x = jnp.float32(1.0), jnp.full(4, 1e-5, jnp.float32)
-    tx = sam_optax.sam(optax.sgd(1.0))
+    tx = sam_optax.sam(optax.sgd(1.0), info=True)
     step = jax.jit(two_gradient_step(loss, tx))
     assert step(w, tx.init(w), x)[2].grad_norm == 0
     scaled = step(w, tx.init(w), x, loss_scale=jnp.float32(2.0**15))[2]
@@ -194,23 +196,27 @@ def tripwire(w, start, trip):
 def guarded(kind, start):
     """A loss with a tripwire: ``(params, x, y, trip)``."""
 
+    def wire(params, trip):
+        return tripwire(params["output"]["kernel"], start["output"]["kernel"], trip)
+
     def loss(params, x, y, trip):
-        return loss_fn(params, x, y) + tripwire(params["last"], start["last"], trip)
+        return loss_fn(params, x, y) + wire(params, trip)
 
     def each(params, x, y, trip):
-        return per_example(params, x, y) + tripwire(params["last"], start["last"], trip[0])
+        return per_example(params, x, y) + wire(params, trip[0])
 
     return each if kind in BY_EXAMPLE else loss
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_overflow_skips_the_step_and_nothing_else(name):
-    params, x, y = to(jnp.float32, problem())
+    params, x, y = to(jnp.float32, one_batch())
     tx = sharpness_aware(
         optax.adam(0.01),
         optax.chain(perturbations.subtract_ema(0.5, 0.9), perturbations.steepest_ascent(0.1)),
         surrogates.reuse_orthogonal(0.5),
         policies.above_gradient_norm(10, lambda_1=-99.0, lambda_2=-99.0),
+        info=True,
     )
     loss, state = guarded(name, params), tx.init(params)
     options: dict[str, Any] = {}

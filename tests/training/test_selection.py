@@ -12,7 +12,7 @@ import pytest
 import sam_optax
 from sam_optax import perturbations, sharpness_aware
 from sam_optax.training import esam_step, ksam_step, two_gradient_step
-from tests.oracles.training_problems import assert_close
+from tests.oracles.trees import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -67,7 +67,7 @@ def check(step, tx, select, mask=lambda t: 1.0):
 
 
 def sam():
-    return sam_optax.sam(optax.sgd(RATE, momentum=0.9), rho=RHO)
+    return sam_optax.sam(optax.sgd(RATE, momentum=0.9), rho=RHO, info=True)
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5, 1.0])
@@ -113,7 +113,9 @@ def test_ksam_is_numpy(gamma):
 def test_esam_with_stochastic_weight_perturbation(granularity):
     swp = perturbations.random_mask(jax.random.key(5), beta=0.5, granularity=granularity)
     tx = sharpness_aware(
-        optax.sgd(RATE, momentum=0.9), optax.chain(perturbations.steepest_ascent(RHO), swp)
+        optax.sgd(RATE, momentum=0.9),
+        optax.chain(perturbations.steepest_ascent(RHO), swp),
+        info=True,
     )
     _, params = start()
     seen = []
