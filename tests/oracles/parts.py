@@ -212,7 +212,7 @@ def run(
         own = [loss(w)[1] for loss in shards]
         g = np.mean(own, axis=0)
         moved = [method.perturbation((g if sync else gi)[kept], w[kept], t, m) for gi in own]
-        ascend, s = method.policy(g, t, s)
+        ascend, s = method.policy(g[kept], t, s)
         gp, value, size = None, 0.0, 0.0
         if ascend:
             points = [np.copy(w) for _ in shards]
