@@ -14,9 +14,12 @@ w + eps, and the clean gradient, which outlives the second pass for `SharpnessIn
 steps it stores nothing.
 """
 
+from __future__ import annotations
+
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypedDict, Unpack, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -43,33 +46,49 @@ from sam_optax.surrogates import (
     weighted,
 )
 
+
+class Common(TypedDict, total=False):
+    """The keywords that every method hands on to `sharpness_aware`, which says what they do."""
+
+    mask: Any
+    axis_name: Any
+    sync_perturbation: bool
+    info: bool
+
+
+_DEFAULTS = Common(mask=None, axis_name=None, sync_perturbation=False, info=False)
+_COMMON = [
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=kind
+    )
+    for name, kind in get_type_hints(Common).items()
+]
 _Parameters = ParamSpec("_Parameters")
 
 
 def _method(
     build: Callable[_Parameters, SharpnessAware],
 ) -> Callable[_Parameters, SharpnessAware]:
-    """Put the name of the method that was called in front of what its parts complain about."""
+    """Spell out `Common` in the signature, and put the method's name in front of complaints."""
+    signature = inspect.signature(build)
+    *own, _ = signature.parameters.values()  # the last of them is `**common`
+    signature = signature.replace(parameters=[*own, *_COMMON])
 
     @functools.wraps(build)
     def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> SharpnessAware:
         try:
+            signature.bind(*args, **kwargs)
             return build(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{build.__name__}: {error}") from None
 
+    named.__signature__ = signature  # type: ignore[attr-defined]
     return named
 
 
 @_method
 def sam(
-    base: optax.GradientTransformation,
-    rho: ScalarOrSchedule = 0.05,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    base: optax.GradientTransformation, rho: ScalarOrSchedule = 0.05, **common: Unpack[Common]
 ) -> SharpnessAware:
     r"""Sharpness-aware minimization: descend along the gradient at the worst nearby point.
 
@@ -110,14 +129,7 @@ def sam(
         inside the loss that is perturbed, and logs the perturbed loss. Here a zero gradient gives
         eps = 0, and weight decay belongs in ``base``.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), **common)
 
 
 @_method
@@ -126,11 +138,7 @@ def asam(
     rho: ScalarOrSchedule = 0.5,
     eta: ScalarOrSchedule = 0.01,
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Adaptive SAM: the ball scales with the weights, so that rescaling layers changes nothing.
 
@@ -175,14 +183,7 @@ def asam(
         well-known port takes t = |w| on every leaf: ``eta=0, adaptive_mask=True``; there, their
         best ``rho`` is four times as large.
     """
-    return sharpness_aware(
-        base,
-        adaptive_ascent(rho, eta, adaptive_mask),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, adaptive_ascent(rho, eta, adaptive_mask), **common)
 
 
 @_method
@@ -190,11 +191,7 @@ def fisher_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.1,
     eta: ScalarOrSchedule = 1.0,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Fisher SAM: the ball is that of the diagonal empirical Fisher metric.
 
@@ -236,14 +233,7 @@ def fisher_sam(
     .. note:: Differences. No code of the authors is public; F comes from the minibatch gradient,
         as in public ports.
     """
-    return sharpness_aware(
-        base,
-        fisher_ascent(rho, eta),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, fisher_ascent(rho, eta), **common)
 
 
 @_method
@@ -251,11 +241,7 @@ def gsam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.1,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
@@ -300,15 +286,7 @@ def gsam(
     .. note:: Differences. The authors' JAX code forms eps and d per device; ``axis_name`` here
         averages the two gradients before the rule combines them.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        gap_descent(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), gap_descent(alpha), **common)
 
 
 @_method
@@ -317,11 +295,7 @@ def wsam(
     learning_rate: ScalarOrSchedule,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
@@ -369,14 +343,7 @@ def wsam(
         code clips both gradients before it subtracts them.
     """
     return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        weight_decoupled(gamma),
-        learning_rate=learning_rate,
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, steepest_ascent(rho), weight_decoupled(gamma), learning_rate=learning_rate, **common
     )
 
 
@@ -385,11 +352,7 @@ def coupled_wsam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Coupled WSAM: sharpness as a weighted regularizer, through the base optimizer.
 
@@ -430,15 +393,7 @@ def coupled_wsam(
         Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
         Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 4.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        weighted(gamma),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), weighted(gamma), **common)
 
 
 @_method
@@ -446,11 +401,7 @@ def stable_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     clip: ScalarOrSchedule | None = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""StableSAM: the perturbed gradient, at the length of the clean one.
 
@@ -495,13 +446,7 @@ def stable_sam(
         directions, though the text speaks of a norm that "does not exceed" the clean one.
     """
     return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        renormalized(perturbed_gradient(), clip),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, steepest_ascent(rho), renormalized(perturbed_gradient(), clip), **common
     )
 
 
@@ -512,11 +457,7 @@ def stable_asam(
     eta: ScalarOrSchedule = 0.01,
     clip: ScalarOrSchedule | None = None,
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""StableASAM: the ball of ASAM, and the perturbed gradient at the length of the clean one.
 
@@ -569,10 +510,7 @@ def stable_asam(
         base,
         adaptive_ascent(rho, eta, adaptive_mask),
         renormalized(perturbed_gradient(), clip),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -583,11 +521,7 @@ def friendly_sam(
     sigma: ScalarOrSchedule = 1.0,
     decay: ScalarOrSchedule = 0.9,
     ema: Literal["updated", "previous"] = "updated",
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Friendly SAM: the full-gradient part is taken out of the perturbation.
 
@@ -636,12 +570,7 @@ def friendly_sam(
         g_t)`; Algorithm 1 and the code a constant.
     """
     return sharpness_aware(
-        base,
-        optax.chain(subtract_ema(sigma, decay, ema), steepest_ascent(rho)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, optax.chain(subtract_ema(sigma, decay, ema), steepest_ascent(rho)), **common
     )
 
 
@@ -654,11 +583,7 @@ def friendly_asam(
     decay: ScalarOrSchedule = 0.9,
     ema: Literal["updated", "previous"] = "updated",
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Friendly ASAM: the perturbation of Friendly SAM in the ball of ASAM.
 
@@ -716,10 +641,7 @@ def friendly_asam(
     return sharpness_aware(
         base,
         optax.chain(subtract_ema(sigma, decay, ema), adaptive_ascent(rho, eta, adaptive_mask)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -729,11 +651,7 @@ def look_sam(
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.7,
     k: int = 5,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""LookSAM: SAM every k steps, and in between its flattening part, reused.
 
@@ -780,16 +698,7 @@ def look_sam(
         take them per tensor. No code of the authors is public. The reused direction ages: with
         short schedules it can cost accuracy.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        reuse_orthogonal(alpha),
-        every(k),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), reuse_orthogonal(alpha), every(k), **common)
 
 
 @_method
@@ -798,11 +707,7 @@ def ss_sam(
     key: jax.Array,
     rho: ScalarOrSchedule = 0.05,
     probability: ScalarOrSchedule = 0.5,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""SS-SAM: SAM with a probability at every step, else the base optimizer.
 
@@ -844,15 +749,7 @@ def ss_sam(
         Training Deep Neural Networks <https://arxiv.org/abs/2203.09962>`_, 2022, as restated in
         Section 2 of the AE-SAM paper.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        policy=bernoulli(key, probability),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), policy=bernoulli(key, probability), **common)
 
 
 @_method
@@ -863,11 +760,7 @@ def ae_sam(
     lambda_1: ScalarOrSchedule = -1.0,
     lambda_2: ScalarOrSchedule = 1.0,
     decay: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
@@ -921,10 +814,7 @@ def ae_sam(
         base,
         steepest_ascent(rho),
         policy=above_gradient_norm(total_steps, lambda_1, lambda_2, decay),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -937,11 +827,7 @@ def ae_look_sam(
     lambda_1: ScalarOrSchedule = 0.0,
     lambda_2: ScalarOrSchedule = 2.0,
     decay: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""AE-LookSAM: AE-SAM, and the last flattening part reused where it does not ascend.
 
@@ -999,10 +885,7 @@ def ae_look_sam(
         steepest_ascent(rho),
         reuse_orthogonal(alpha),
         above_gradient_norm(total_steps, lambda_1, lambda_2, decay),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -1011,11 +894,7 @@ def vasso(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     theta: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""VaSSO: ascend along a moving average of gradients, whose variance is smaller.
 
@@ -1059,12 +938,7 @@ def vasso(
         gradient.
     """
     return sharpness_aware(
-        base,
-        optax.chain(variance_suppressed(theta), steepest_ascent(rho)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, optax.chain(variance_suppressed(theta), steepest_ascent(rho)), **common
     )
 
 
@@ -1073,11 +947,7 @@ def gnp(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.8,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = True,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Gradient norm penalty: descend between the clean and the perturbed gradient.
 
@@ -1120,15 +990,7 @@ def gnp(
     .. note:: Differences. The authors' code by default puts the clean gradient's unit vector into
         d; this is the paper's rule.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        interpolated(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), interpolated(alpha), **common)
 
 
 def proportional_rho(
