@@ -292,49 +292,52 @@ def gsam(
 @_method
 def wsam(
     base: optax.GradientTransformation,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
     **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
-              \qquad w^+ = w + \mathrm{base}(g) - \alpha \frac{\gamma}{1-\gamma} (g_p - g)
+    .. math:: \epsilon = \rho\, \hat g, \qquad
+              w^+ = w + \mathrm{base}(g) - \alpha \frac{\gamma}{1-\gamma} (g_p - g)
+
+    The decoupled term, :math:`\gamma (g_p - g) / (1 - \gamma)`, reaches the updates in one of two
+    ways; to choose neither is an error. **In the chain**, as Optax does with weight decay::
+
+        base = optax.chain(
+            optax.scale_by_adam(), sam_optax.add_decoupled_term(), optax.scale_by_learning_rate(lr)
+        )
+
+    The combinator hands the term to ``base`` as the keyword ``decoupled=``, and
+    `sam_optax.add_decoupled_term` adds it there: leaves that ``base`` freezes, its parameter
+    groups, injected rates and plateaus are right for the term too. **Past it**, for a closed base
+    such as ``optax.adam(lr)``: with ``learning_rate=lr``, ``updates = base(g) - lr(step) * term``,
+    and of what ``base`` does inside, the term sees nothing.
 
     Args:
         base: any Optax transformation; its moments see the clean gradient alone.
-        learning_rate: :math:`\alpha`, that of ``base``: a number or the same schedule.
+        learning_rate: None where ``base`` adds the term; else :math:`\alpha`, at least 0, that of
+            ``base``: a number or the same schedule.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         gamma: weight of the sharpness, in [0, 1).
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
-    than SAM with ``info=False``.
+    Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
+    When: as `sam`, if there is time to tune ``gamma``: 95.2 % and SAM 95.0 with 20 % wrong labels,
+    90.0 and SAM 88.3 with 60 % (Table 6 of its paper).
 
     Reduces to: ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD, `coupled_wsam`.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import wsam
-        >>> tx = wsam(optax.sgd(0.5), learning_rate=0.5, rho=0.5, gamma=0.75)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 * (3 + 3 * (4.5 - 3))
-        [-3.75 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.wsam(optax.sign_sgd(1.0), learning_rate=1.0, rho=5.0, gamma=0.75)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # -(1, 1), the signs of g, - 3 (gp - g)
+        [-13. -37.]
 
     References:
-        Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
-        Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 2.
+        Yue et al., `KDD 2023 <https://arxiv.org/abs/2305.15817>`_, Algorithm 2.
 
     .. note:: Differences. The sharpness term is scaled by the learning rate alone, neither
         preconditioned nor decayed. On the toy problem of Section 4.2 of the paper, Algorithm 2
