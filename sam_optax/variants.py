@@ -1,28 +1,42 @@
 r"""The named methods: each is one expression over the parts.
 
-All share four keywords with `sharpness_aware`, to which they are handed on: ``mask`` (which leaves
-are perturbed), ``axis_name`` and ``sync_perturbation`` (shards of the batch on several devices),
-and ``info`` (whether norms and cosine are computed for ``state.info``).
-All return a ``GradientTransformationExtraArgs`` whose ``update`` takes the clean gradient,
-``params``, and ``grad_fn=`` or ``value_and_grad_fn=``; its state is a `SharpnessAwareState`, and
-`sharpness_aware` says what happens to it on a step that does not ascend. Real hyperparameters are
-numbers or Optax schedules of the combinator's ``step``. Out of range, they raise a ValueError
-that names function, argument, value and range.
+Every method takes a base optimizer, its own hyperparameters, and the keywords in `Common`, which
+it hands on: ``mask, axis_name, sync_perturbation, info`` are as in `sharpness_aware`. Real
+hyperparameters are numbers or Optax schedules of the combinator's ``step``. What is outside its
+range is a ValueError, what is of the wrong kind or unknown a TypeError; the message names method,
+argument, value and range.
 
-Memory is given beyond the base optimizer's. Within a step SAM needs two copies of the parameters:
-w + eps, and the clean gradient, which outlives the second pass for `SharpnessInfo.cosine`. Between
-steps it stores nothing.
+Every method returns a `SharpnessAware`: an Optax transformation whose ``update`` takes the clean
+gradient, ``params``, and ``grad_fn=`` or ``value_and_grad_fn=``, and whose state is a
+`SharpnessAwareState`. Where Cost says "2 gradients per step", every step ascends. On a step that
+does not, ``base``, ``step`` and ``info`` move, and so do averages of gradients and of their norms;
+a reused component stays.
+
+Memory is given beyond the base optimizer's. Within a step SAM needs one copy of the parameters,
+w + eps; what a method needs more, it says under Cost. Between steps SAM stores nothing. With
+``info=True`` every method keeps the clean gradient through the second pass, for
+`SharpnessInfo.cosine`: one more copy where its rule does not do so anyway.
+
+In formulas :math:`g_p = \nabla L(w + \epsilon)`, :math:`\hat u = u / \lVert u \rVert_2`, and the
+base optimizer descends along d. Norms and inner products run over whole trees.
+
+The examples share one problem: the curvatures are 1 and 4, and at w = (4, 0.75) the clean gradient
+is g = (4, 3). SAM, with ``rho=5``, looks at w + g = (8, 3.75) and finds gp = (8, 15).
 """
 
+from __future__ import annotations
+
 import functools
+import inspect
+import math
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, hyperparameter
 from sam_optax._types import ScalarOrSchedule
 from sam_optax.combinator import SharpnessAware, sharpness_aware
 from sam_optax.perturbations import (
@@ -43,81 +57,77 @@ from sam_optax.surrogates import (
     weighted,
 )
 
+
+class Common(TypedDict, total=False):
+    """The keywords that every method hands on to `sharpness_aware`, which says what they do."""
+
+    mask: Any
+    axis_name: Any
+    sync_perturbation: bool
+    info: bool
+
+
+_SPELLED_OUT = inspect.signature(sharpness_aware).parameters
+_COMMON = [_SPELLED_OUT[name] for name in Common.__annotations__]
 _Parameters = ParamSpec("_Parameters")
 
 
 def _method(
     build: Callable[_Parameters, SharpnessAware],
 ) -> Callable[_Parameters, SharpnessAware]:
-    """Put the name of the method that was called in front of what its parts complain about."""
+    """Spell out `Common` in the signature, and put the method's name in front of complaints."""
+    signature = inspect.signature(build)
+    *own, _ = signature.parameters.values()  # the last of them is `**common`
+    signature = signature.replace(parameters=[*own, *_COMMON])
 
     @functools.wraps(build)
     def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> SharpnessAware:
         try:
+            signature.bind(*args, **kwargs)
             return build(*args, **kwargs)
         except (TypeError, ValueError) as error:
+            if type(error) not in (TypeError, ValueError):  # one of JAX's own
+                raise
             raise type(error)(f"{build.__name__}: {error}") from None
 
+    named.__signature__ = signature  # type: ignore[attr-defined]
     return named
 
 
 @_method
 def sam(
-    base: optax.GradientTransformation,
-    rho: ScalarOrSchedule = 0.05,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    base: optax.GradientTransformation, rho: ScalarOrSchedule = 0.05, **common: Unpack[Common]
 ) -> SharpnessAware:
     r"""Sharpness-aware minimization: descend along the gradient at the worst nearby point.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \qquad d = \nabla L(w + \epsilon)
+    .. math:: \epsilon = \rho\, g / \lVert g \rVert_2, \qquad d = g_p = \nabla L(w + \epsilon)
 
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
+    When: image classifiers trained for many epochs, and wrong labels. Language models that see
+    every example once mostly gained nothing.
 
     Reduces to: ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import sam
-        >>> tx = sam(optax.sgd(0.5), rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 times the gradient at [1.5, 0]
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.sam(optax.sgd(1.0), rho=5.0)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # minus the gradient at w + (4, 3)
+        [ -8. -15.]
 
     References:
-        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
-        <https://arxiv.org/abs/2010.01412>`_, ICLR 2021, Algorithm 1.
+        Foret et al., `ICLR 2021 <https://arxiv.org/abs/2010.01412>`_, Algorithm 1.
 
     .. note:: Differences. The authors' code divides by an unguarded norm, keeps the L2 penalty
         inside the loss that is perturbed, and logs the perturbed loss. Here a zero gradient gives
         eps = 0, and weight decay belongs in ``base``.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), **common)
 
 
 @_method
@@ -126,16 +136,11 @@ def asam(
     rho: ScalarOrSchedule = 0.5,
     eta: ScalarOrSchedule = 0.01,
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Adaptive SAM: the ball scales with the weights, so that rescaling layers changes nothing.
 
-    .. math:: \epsilon = \rho \frac{t^2 g}{\lVert t\, g \rVert_2}, \quad t = |w| + \eta, \qquad d
-              = \nabla L(w + \epsilon)
+    .. math:: \epsilon = \rho\, t^2 g / \lVert t\, g \rVert_2, \quad t = |w| + \eta, \qquad d = g_p
 
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
@@ -143,46 +148,29 @@ def asam(
         eta: keeps small weights in motion, at least 0, in units of the parameters.
         adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
             of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
+    When: as `sam`, and often a little better: 81.7 %, SAM 80.9 and SGD 77.9 for a ResNet-18 on
+    CIFAR-100 (Table 2 of Friendly SAM's paper).
 
     Reduces to: ``base`` at ``rho=0``; `sam` with t = 1 (``adaptive_mask=False``).
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import asam
-        >>> tx = asam(optax.sgd(0.5), rho=0.5, eta=0.0)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 times the gradient at [1.5, 0]
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.asam(optax.sgd(1.0), rho=0.5, eta=0.25)  # t = (4.25, 1)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # the large weight is displaced more
+        [-6.093 -3.348]
 
     References:
-        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
-        Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
+        Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
     .. note:: Differences. The authors' class defaults to ``eta=0.01``, their CIFAR script to 0. A
         well-known port takes t = |w| on every leaf: ``eta=0, adaptive_mask=True``; there, their
         best ``rho`` is four times as large.
     """
-    return sharpness_aware(
-        base,
-        adaptive_ascent(rho, eta, adaptive_mask),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, adaptive_ascent(rho, eta, adaptive_mask), **common)
 
 
 @_method
@@ -190,60 +178,39 @@ def fisher_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.1,
     eta: ScalarOrSchedule = 1.0,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Fisher SAM: the ball is that of the diagonal empirical Fisher metric.
 
-    .. math:: \epsilon = \rho \frac{F^{-1} g}{\sqrt{g^\top F^{-1} g}}, \quad F = \mathrm{diag}(1 +
-              \eta g^2), \qquad d = \nabla L(w + \epsilon)
+    .. math:: \epsilon = \rho\, F^{-1} g \,/ \sqrt{g^\top F^{-1} g}, \quad
+              F = \mathrm{diag}(1 + \eta g^2), \qquad d = g_p
 
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the ball :math:`\epsilon^\top F \epsilon \le \rho^2`, at least 0.
         eta: weight of the Fisher information, at least 0.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 2 gradients per step; nothing stored.
+    When: mixed evidence: 96.7 % and SAM 96.6 for a ResNet-18 on CIFAR-10 (Table 1 of Friendly SAM's
+    paper), errors of 3.00 % and SAM 2.94 for a WRN-28-10 (Table 7 of WSAM's).
 
     Reduces to: ``base`` at ``rho=0``; `sam` at ``eta=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import fisher_sam
-        >>> tx = fisher_sam(optax.sgd(0.5), rho=0.5, eta=0.0)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # eta = 0: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.fisher_sam(optax.sgd(1.0), rho=5.0, eta=1.0)  # F = (17, 10)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # eps = (0.87, 1.11)
+        [-4.867 -7.422]
 
     References:
-        Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
-        <https://arxiv.org/abs/2206.04920>`_, ICML 2022.
+        Kim et al., `ICML 2022 <https://arxiv.org/abs/2206.04920>`_.
 
     .. note:: Differences. No code of the authors is public; F comes from the minibatch gradient,
         as in public ports.
     """
-    return sharpness_aware(
-        base,
-        fisher_ascent(rho, eta),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, fisher_ascent(rho, eta), **common)
 
 
 @_method
@@ -251,64 +218,40 @@ def gsam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.1,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
-              \qquad d = g_p - \alpha \Bigl(g - \frac{\langle g, g_p \rangle}{\lVert g_p \rVert^2}
-              g_p\Bigr)
+    .. math:: \epsilon = \rho\, \hat g, \qquad d = g_p - \alpha (g - \langle g, \hat g_p \rangle\,
+              \hat g_p)
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
-        rho: radius of the L2 ball, in units of the parameters, at least 0; the
-            paper ties it to the learning rate, see `proportional_rho`.
+        rho: radius of the L2 ball, in units of the parameters, at least 0; `proportional_rho` ties
+            it to the learning rate, as the paper does.
         alpha: weight of the clean gradient's component orthogonal to the perturbed one, at least 0.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
-    than SAM with ``info=False``, and one more inner product.
+    Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
+    When: very many wrong labels: with 60 %, 89.9 % and SAM 88.3, but alike with 20 and 40 (Table 6
+    of WSAM's paper). Its authors train vision transformers, ``rho`` falling from 0.6 to 0.1.
 
     Reduces to: `sam` at ``alpha=0``; ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import gsam
-        >>> tx = gsam(optax.sgd(0.5), rho=0.5, alpha=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # the two gradients are parallel: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.gsam(optax.sgd(1.0), rho=5.0, alpha=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # SAM's, turned away from g
+        [ -7.066 -15.498]
 
     References:
-        Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
-        <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
+        Zhuang et al., `ICLR 2022 <https://arxiv.org/abs/2203.08065>`_, Algorithm 1.
 
     .. note:: Differences. The authors' JAX code forms eps and d per device; ``axis_name`` here
         averages the two gradients before the rule combines them.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        gap_descent(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), gap_descent(alpha), **common)
 
 
 @_method
@@ -317,50 +260,49 @@ def wsam(
     learning_rate: ScalarOrSchedule | None = None,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Weighted SAM: sharpness as a weighted regularizer, decoupled from the base optimizer.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
-              \qquad w^+ = w + \mathrm{base}(g) - \alpha \frac{\gamma}{1-\gamma} (g_p - g)
+    .. math:: \epsilon = \rho\, \hat g, \qquad
+              w^+ = w + \mathrm{base}(g) - \alpha \frac{\gamma}{1-\gamma} (g_p - g)
+
+    The decoupled term, :math:`\gamma (g_p - g) / (1 - \gamma)`, reaches the updates in one of two
+    ways; to choose neither is an error. **In the chain**, as Optax does with weight decay::
+
+        base = optax.chain(
+            optax.scale_by_adam(), sam_optax.add_decoupled_term(), optax.scale_by_learning_rate(lr)
+        )
+
+    The combinator hands the term to ``base`` as the keyword ``decoupled=``, and
+    `sam_optax.add_decoupled_term` adds it there: leaves that ``base`` freezes, its parameter
+    groups, injected rates and plateaus are right for the term too. **Past it**, for a closed base
+    such as ``optax.adam(lr)``: with ``learning_rate=lr``, ``updates = base(g) - lr(step) * term``,
+    and of what ``base`` does inside, the term sees nothing.
 
     Args:
         base: any Optax transformation; its moments see the clean gradient alone.
-        learning_rate: :math:`\alpha`, that of ``base``: a number or the same schedule.
+        learning_rate: None where ``base`` adds the term; else :math:`\alpha`, at least 0, that of
+            ``base``: a number or the same schedule.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         gamma: weight of the sharpness, in [0, 1).
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
-    than SAM with ``info=False``.
+    Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
+    When: as `sam`, if there is time to tune ``gamma``: 95.2 % and SAM 95.0 with 20 % wrong labels,
+    90.0 and SAM 88.3 with 60 % (Table 6 of its paper).
 
     Reduces to: ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD, `coupled_wsam`.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import wsam
-        >>> tx = wsam(optax.sgd(0.5), learning_rate=0.5, rho=0.5, gamma=0.75)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 * (3 + 3 * (4.5 - 3))
-        [-3.75 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.wsam(optax.sign_sgd(1.0), learning_rate=1.0, rho=5.0, gamma=0.75)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # -(1, 1), the signs of g, - 3 (gp - g)
+        [-13. -37.]
 
     References:
-        Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
-        Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 2.
+        Yue et al., `KDD 2023 <https://arxiv.org/abs/2305.15817>`_, Algorithm 2.
 
     .. note:: Differences. The sharpness term is scaled by the learning rate alone, neither
         preconditioned nor decayed. On the toy problem of Section 4.2 of the paper, Algorithm 2
@@ -369,14 +311,7 @@ def wsam(
         code clips both gradients before it subtracts them.
     """
     return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        weight_decoupled(gamma),
-        learning_rate=learning_rate,
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, steepest_ascent(rho), weight_decoupled(gamma), learning_rate=learning_rate, **common
     )
 
 
@@ -385,60 +320,35 @@ def coupled_wsam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     gamma: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
-    r"""Coupled WSAM: sharpness as a weighted regularizer, through the base optimizer.
+    r"""Coupled WSAM: the weighted sharpness goes through the base optimizer.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
-              \qquad d = \frac{\gamma}{1-\gamma} g_p + \frac{1 - 2\gamma}{1-\gamma} g
+    .. math:: \epsilon = \rho\, \hat g, \qquad
+              d = \frac{\gamma}{1-\gamma} g_p + \frac{1 - 2\gamma}{1-\gamma} g
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
-        rho: radius of the L2 ball, in units of the parameters, at least 0.
-        gamma: weight of the sharpness, in [0, 1).
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
+        rho, gamma: as in `wsam`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
+    Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
+    When: a dial from ``base`` to `sam` and beyond. Begin near 0.5: at the default, with momentum,
+    training broke down in this library's runs, where `wsam` did not.
 
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
-    than SAM with ``info=False``.
-
-    Reduces to: `sam` at ``gamma=1/2``; ``base`` at ``gamma=0`` or ``rho=0``; with plain SGD,
-    `wsam`.
+    Reduces to: `sam` at ``gamma=1/2``; ``base`` at ``gamma=0`` or ``rho=0``; with SGD, `wsam`.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import coupled_wsam
-        >>> tx = coupled_wsam(optax.sgd(0.5), rho=0.5, gamma=0.75)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 * (3 * 4.5 - 2 * 3)
-        [-3.75 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.coupled_wsam(optax.sgd(1.0), rho=5.0, gamma=0.75)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # -(3 gp - 2 g)
+        [-16. -39.]
 
     References:
-        Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
-        Term <https://arxiv.org/abs/2305.15817>`_, KDD 2023, Algorithm 4.
+        Yue et al., `KDD 2023 <https://arxiv.org/abs/2305.15817>`_, Algorithm 4.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        weighted(gamma),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), weighted(gamma), **common)
 
 
 @_method
@@ -446,62 +356,39 @@ def stable_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     clip: ScalarOrSchedule | None = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""StableSAM: the perturbed gradient, at the length of the clean one.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \quad g_p = \nabla L(w + \epsilon),
-              \qquad d = \frac{\lVert g \rVert_2}{\lVert g_p \rVert_2} g_p
+    .. math:: \epsilon = \rho\, \hat g, \qquad d = \lVert g \rVert_2\, \hat g_p
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
-        clip: None, or :math:`\gamma_0` in (0, 1): the factor is kept in
-            :math:`[\gamma_0, \sqrt{\gamma_0}]`.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
+        clip: None, or c in (0, 1): the ratio of the lengths is kept in :math:`[c, \sqrt c]`.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
+    When: SAM is unstable at the learning rate that ``base`` wants, its paper's case. On digits with
+    20 to 60 % wrong labels, ahead of ``base`` in 14 of this library's 15 runs.
 
     Reduces to: ``base`` at ``rho=0``, ``clip=None``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import stable_sam
-        >>> tx = stable_sam(optax.sgd(0.5), rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 times [3, 0]
-        [-1.5 -0. ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.stable_sam(optax.sgd(1.0), rho=5.0)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # -5/17 of (8, 15)
+        [-2.353 -4.412]
 
     References:
-        Tan et al., `Stabilizing Sharpness-Aware Minimization Through a Simple Renormalization
-        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024, Algorithm 1; ``clip``:
-        Remark 19.
+        Tan et al., `2024 <https://arxiv.org/abs/2401.07250>`_, Algorithm 1; ``clip``: Remark 19.
 
     .. note:: Differences. As Algorithm 1 and the authors' code, the factor acts in both
         directions, though the text speaks of a norm that "does not exceed" the clean one.
     """
     return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        renormalized(perturbed_gradient(), clip),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, steepest_ascent(rho), renormalized(perturbed_gradient(), clip), **common
     )
 
 
@@ -512,55 +399,34 @@ def stable_asam(
     eta: ScalarOrSchedule = 0.01,
     clip: ScalarOrSchedule | None = None,
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""StableASAM: the ball of ASAM, and the perturbed gradient at the length of the clean one.
 
-    .. math:: \epsilon = \rho \frac{t^2 g}{\lVert t\, g \rVert_2}, \quad t = |w| + \eta, \quad
-              g_p = \nabla L(w + \epsilon), \qquad d = \frac{\lVert g \rVert_2}{\lVert g_p
-              \rVert_2} g_p
+    .. math:: \epsilon = \rho\, t^2 g / \lVert t\, g \rVert_2, \quad t = |w| + \eta, \qquad
+              d = \lVert g \rVert_2\, \hat g_p
 
     Args:
-        base: any Optax transformation; sees d and the unperturbed parameters.
-        rho: radius of the ball in units of eps / t, at least 0 (about ten times SAM's).
-        eta: keeps small weights in motion, at least 0, in units of the parameters.
-        clip: as in `stable_sam`.
-        adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
-            of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
+        base, clip: as in `stable_sam`.
+        rho, eta, adaptive_mask: as in `asam`.
 
     Cost: 2 gradients per step; nothing stored. Two norms more than SAM.
+    When: as `stable_sam`; on digits with 20 to 60 % wrong labels, ahead of ``base`` in all of this
+    library's 15 runs, by 2.3 to 3.1 points in the mean.
 
-    Reduces to: `stable_sam` with t = 1 (``adaptive_mask=False``); ``base`` at ``rho=0``,
-    ``clip=None``.
+    Reduces to: `stable_sam` at ``adaptive_mask=False``; ``base`` at ``rho=0``, ``clip=None``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import stable_asam
-        >>> tx = stable_asam(optax.sgd(0.5), rho=0.5, eta=0.0)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 times [3, 0]
-        [-1.5 -0. ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.stable_asam(optax.sgd(1.0), rho=0.5, eta=0.25)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # that of `asam`, at length 5
+        [-4.382 -2.408]
 
     References:
-        Tan et al., `Stabilizing Sharpness-Aware Minimization Through a Simple Renormalization
-        Strategy <https://arxiv.org/abs/2401.07250>`_, 2024;
-        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
-        Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
+        Tan et al., `2024 <https://arxiv.org/abs/2401.07250>`_;
+        Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
     .. note:: Differences. The authors' adaptive mode renormalizes by norms scaled with |w|; here
         they are plain norms, as in Algorithm 1.
@@ -569,10 +435,7 @@ def stable_asam(
         base,
         adaptive_ascent(rho, eta, adaptive_mask),
         renormalized(perturbed_gradient(), clip),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -583,65 +446,44 @@ def friendly_sam(
     sigma: ScalarOrSchedule = 1.0,
     decay: ScalarOrSchedule = 0.9,
     ema: Literal["updated", "previous"] = "updated",
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Friendly SAM: the full-gradient part is taken out of the perturbation.
 
-    .. math:: m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad
-              \epsilon = \rho \frac{g_t - \sigma m_t}{\lVert g_t - \sigma m_t \rVert_2}, \qquad
-              d = \nabla L(w + \epsilon)
+    .. math:: m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad \delta = g_t - \sigma m_t, \quad
+              \epsilon = \rho\, \hat\delta, \qquad d = g_p
 
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         sigma: how much of the estimated full gradient to take out; any real number.
         decay: :math:`\lambda` of that average, in [0, 1].
-        ema: ``"updated"`` subtracts the average that already holds the present gradient,
-            ``"previous"`` the one before.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
+        ema: ``"updated"`` subtracts the average that holds the present g, ``"previous"`` the last.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
-    every step.
+    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least).
+    When: large batches, large radii or very many wrong labels, where its paper (Section 6.3) gains
+    most over SAM: 59.4 % and SAM 31.7 with 80 % of them.
 
     Reduces to: `sam` at ``sigma=0``; ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import friendly_sam
-        >>> tx = friendly_sam(optax.sgd(0.5), rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # at the first step the average is parallel to g: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.friendly_sam(optax.sgd(1.0), rho=5.0, decay=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> updates, state = tx.update(grad_fn(0 * w), state, 0 * w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # g = 0 at the minimum; eps = -(4, 3)
+        [ 4. 12.]
 
     References:
-        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, CVPR
-        2024, Algorithm 1.
+        Li et al., `CVPR 2024 <https://arxiv.org/abs/2403.12350>`_, Algorithm 1.
 
     .. note:: Differences. The authors' code is ``ema="previous"``: it subtracts :math:`m_{t-1}`,
         and starts from :math:`m_0 = g_0`. Equations (9) and (11) have :math:`\sigma_t = \cos(m_t,
         g_t)`; Algorithm 1 and the code a constant.
     """
     return sharpness_aware(
-        base,
-        optax.chain(subtract_ema(sigma, decay, ema), steepest_ascent(rho)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, optax.chain(subtract_ema(sigma, decay, ema), steepest_ascent(rho)), **common
     )
 
 
@@ -654,72 +496,44 @@ def friendly_asam(
     decay: ScalarOrSchedule = 0.9,
     ema: Literal["updated", "previous"] = "updated",
     adaptive_mask: Any = None,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Friendly ASAM: the perturbation of Friendly SAM in the ball of ASAM.
 
     .. math:: m_t = \lambda m_{t-1} + (1-\lambda) g_t, \quad \delta = g_t - \sigma m_t, \quad
-              \epsilon = \rho \frac{t^2 \delta}{\lVert t\, \delta \rVert_2}, \quad t = |w| + \eta,
-              \qquad d = \nabla L(w + \epsilon)
+              t = |w| + \eta, \quad \epsilon = \rho\, t^2 \delta / \lVert t\, \delta \rVert_2,
+              \qquad d = g_p
 
     Args:
-        base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
-        rho: radius of the ball in units of eps / t, at least 0 (about ten times SAM's).
-        eta: keeps small weights in motion, at least 0, in units of the parameters.
-        sigma: how much of the estimated full gradient to take out; any real number.
-        decay: :math:`\lambda` of that average, in [0, 1].
-        ema: ``"updated"`` subtracts the average that already holds the present gradient,
-            ``"previous"`` the one before.
-        adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
-            of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
+        base, sigma, decay, ema: as in `friendly_sam`.
+        rho, eta, adaptive_mask: as in `asam`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
+    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least).
+    When: as `asam`, for 0.1 to 0.3 points more on CIFAR-10 and CIFAR-100 (Table 3 of its paper).
 
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
-    every step.
-
-    Reduces to: `asam` at ``sigma=0``; `friendly_sam` with t = 1 (``adaptive_mask=False``);
-    ``base`` at ``rho=0``.
+    Reduces to: `asam` at ``sigma=0``; `friendly_sam` at ``adaptive_mask=False``; ``base`` at
+    ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import friendly_asam
-        >>> tx = friendly_asam(optax.sgd(0.5), rho=0.5, eta=0.0)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # first step: as `asam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.friendly_asam(optax.sgd(1.0), rho=5.0, eta=0.25, decay=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> updates, state = tx.update(grad_fn(0 * w), state, 0 * w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # g = 0 at the minimum; t = 1/4
+        [1. 3.]
 
     References:
-        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, CVPR
-        2024;
-        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
-        Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
+        Li et al., `CVPR 2024 <https://arxiv.org/abs/2403.12350>`_;
+        Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
-    .. note:: Differences. The authors' code is ``ema="previous"``: it subtracts :math:`m_{t-1}`,
-        and starts from :math:`m_0 = g_0`. Equations (9) and (11) have :math:`\sigma_t = \cos(m_t,
-        g_t)`; Algorithm 1 and the code a constant. Its adaptive mode has t = |w| on every leaf:
-        ``eta=0, adaptive_mask=True``.
+    .. note:: Differences. As in `friendly_sam`. The adaptive mode of the authors' code has t = |w|
+        on every leaf: ``eta=0, adaptive_mask=True``.
     """
     return sharpness_aware(
         base,
         optax.chain(subtract_ema(sigma, decay, ema), adaptive_ascent(rho, eta, adaptive_mask)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -729,67 +543,43 @@ def look_sam(
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.7,
     k: int = 5,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""LookSAM: SAM every k steps, and in between its flattening part, reused.
 
-    .. math:: t \bmod k = 0: \; d = g_p, \quad g_v = g_p - \frac{\langle g, g_p \rangle}{\lVert g
-              \rVert^2} g; \qquad \text{else: } d = g + \alpha \frac{\lVert g \rVert}{\lVert g_v
-              \rVert} g_v
+    .. math:: t \bmod k = 0: \; d = g_p, \; g_v = g_p - \langle g_p, \hat g \rangle \hat g; \quad
+              \text{else: } d = g + \alpha \lVert g \rVert_2\, \hat g_v
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         alpha: weight of the reused component, at least 0.
         k: period, a static integer of at least 1; step 0 ascends.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. A step without ascent keeps the reused component.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least), replaced
-    on ascents. Within the step, one copy of the parameters more than SAM with ``info=False``.
+    Cost: 1 + 1/k gradients per step; one copy of the parameters stored (float32 at least).
+    Within a step, one copy of the parameters more than SAM.
+    When: a fifth of SAM's second gradients: 96.3 %, SAM 96.5 and SGD 95.4 for a ResNet-18 on
+    CIFAR-10; with wrong labels take ``k=2`` (Tables 1 and 4 of AE-SAM's paper).
 
     Reduces to: `sam` at ``k=1``; ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import look_sam
-        >>> tx = look_sam(optax.sgd(0.5), rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.look_sam(optax.sgd(1.0), rho=5.0, alpha=0.5, k=2)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
         >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # the first step ascends: as `sam`
-        [-2.25 -0.  ]
+        >>> print(state.info.ascended, jnp.array_str(updates, precision=3))  # reused: (-1.5, 2)
+        False [-2.5 -5. ]
 
     References:
-        Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-        <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, as restated in Section 2 and
-        Algorithm 1 of the AE-SAM paper.
+        Liu et al., `CVPR 2022 <https://arxiv.org/abs/2203.02714>`_, as restated in AE-SAM's paper.
 
     .. note:: Differences. Norms and inner products run over the whole tree; several public ports
         take them per tensor. No code of the authors is public. The reused direction ages: with
         short schedules it can cost accuracy.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        reuse_orthogonal(alpha),
-        every(k),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), reuse_orthogonal(alpha), every(k), **common)
 
 
 @_method
@@ -798,61 +588,42 @@ def ss_sam(
     key: jax.Array,
     rho: ScalarOrSchedule = 0.05,
     probability: ScalarOrSchedule = 0.5,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""SS-SAM: SAM with a probability at every step, else the base optimizer.
 
-    .. math:: z_t \sim \mathrm{Bernoulli}(p), \qquad
-              d = \nabla L(w + \rho\, g / \lVert g \rVert_2) \text{ if } z_t, \text{ else } g
+    .. math:: z_t \sim \mathrm{Bernoulli}(p), \qquad \epsilon = \rho\, \hat g, \qquad
+              d = g_p \text{ if } z_t, \text{ else } g
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
         key: a PRNG key; the draw at a step depends on ``key`` and ``step`` alone.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         probability: of ascent, in [0, 1].
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. A step without ascent moves `base`, `step` and `info` alone.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 1 + ``probability`` gradients per step; nothing stored. Within the step, one copy of the
-    parameters more than SAM with ``info=False``.
+    Cost: 1 + ``probability`` gradients per step; nothing stored. Within a step, one copy of the
+    parameters more than SAM.
+    When: half of SAM's second gradients: 77.4 %, SAM 77.5 and SGD 77.1 on ImageNet; not for wrong
+    labels, which it learns (Tables 2 and 3 of AE-SAM's paper).
 
     Reduces to: `sam` at ``probability=1``; ``base`` at ``probability=0`` or ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import ss_sam
-        >>> tx = ss_sam(optax.sgd(0.5), jax.random.key(0), rho=0.5, probability=1.0)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.ss_sam(optax.sgd(1.0), jax.random.key(0), rho=5.0, probability=0.5)
         >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # as `sam`
-        [-2.25 -0.  ]
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        ...     print(state.info.ascended, updates)
+        False [-4. -3.]
+        True [ -8. -15.]
+        False [-4. -3.]
 
     References:
-        Zhao et al., `SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization for Efficiently
-        Training Deep Neural Networks <https://arxiv.org/abs/2203.09962>`_, 2022, as restated in
-        Section 2 of the AE-SAM paper.
+        Zhao et al., `2022 <https://arxiv.org/abs/2203.09962>`_, as restated in AE-SAM's paper.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        policy=bernoulli(key, probability),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), policy=bernoulli(key, probability), **common)
 
 
 @_method
@@ -863,54 +634,38 @@ def ae_sam(
     lambda_1: ScalarOrSchedule = -1.0,
     lambda_2: ScalarOrSchedule = 1.0,
     decay: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""AE-SAM: SAM where the gradient norm is large for its recent past, else the base optimizer.
 
-    .. math:: d = \nabla L(w + \rho\, g / \lVert g \rVert_2) \;\text{ if }\; \lVert g \rVert^2 \ge
-              \mu_t + c_t \sigma_t \;\text{ else }\; g
+    .. math:: \epsilon = \rho\, \hat g, \qquad d = g_p \text{ if } \lVert g \rVert_2^2 \ge
+              \mu_t + c_t \sigma_t, \text{ else } g
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
         total_steps: T, over which the threshold moves; an integer of at least 1.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
-        lambda_1: threshold at the end, in standard deviations; any real number.
-        lambda_2: threshold at the start.
-        decay: :math:`\delta` of the averages, in [0, 1).
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. A step without ascent moves the policy's averages all the same.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
+        lambda_1, lambda_2: c at the end and at the start, in standard deviations; any real number.
+        decay: of the averages :math:`\mu, \sigma`, in [0, 1), see `above_gradient_norm`.
 
     Cost: 1 + s gradients per step, s the share of ascents (about one half in the paper); two
-    scalars stored. Within the step, one copy of the parameters more than SAM with ``info=False``.
+    scalars stored. Within a step, one copy of the parameters more than SAM.
+    When: half of SAM's second gradients: on CIFAR at least SAM's accuracy, on ImageNet 77.4 %, SAM
+    77.5 and SGD 77.1 (Tables 1 and 2 of its paper); with wrong labels, `ae_look_sam`.
 
-    Reduces to: `sam` for ``lambda_1 = lambda_2`` very negative, ``base`` for very positive, or
-    ``rho=0``.
+    Reduces to: `sam` for very negative thresholds; ``base`` for very positive, or at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import ae_sam
-        >>> tx = ae_sam(optax.sgd(0.5), total_steps=10, rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # the first step ascends: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.ae_sam(optax.sgd(1.0), total_steps=10, rho=5.0)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> updates, state = tx.update(grad_fn(w / 2), state, w / 2, grad_fn=grad_fn)
+        >>> print(state.info.ascended, updates)  # the norm is 2.5, after 5
+        False [-2.  -1.5]
 
     References:
-        Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
-        <https://arxiv.org/abs/2304.14647>`_, ICLR 2023, Algorithm 1; policy:
-        `above_gradient_norm`.
+        Jiang et al., `ICLR 2023 <https://arxiv.org/abs/2304.14647>`_, Algorithm 1.
 
     .. note:: Differences. Equation (2) normalizes the perturbation, Algorithm 1, line 7, prints
         :math:`\rho g`; the default follows equation (2) and what SAM is, the other is
@@ -921,10 +676,7 @@ def ae_sam(
         base,
         steepest_ascent(rho),
         policy=above_gradient_norm(total_steps, lambda_1, lambda_2, decay),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -937,72 +689,46 @@ def ae_look_sam(
     lambda_1: ScalarOrSchedule = 0.0,
     lambda_2: ScalarOrSchedule = 2.0,
     decay: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""AE-LookSAM: AE-SAM, and the last flattening part reused where it does not ascend.
 
-    .. math:: \text{if }\lVert g \rVert^2 \ge \mu_t + c_t \sigma_t:\;
-              d = g_p, \; g_v = g_p - \frac{\langle g, g_p \rangle}{\lVert g \rVert^2} g; \qquad
-              \text{else: } d = g + \alpha \frac{\lVert g \rVert}{\lVert g_v \rVert} g_v
+    .. math:: \lVert g \rVert_2^2 \ge \mu_t + c_t \sigma_t: \; d = g_p, \; g_v = g_p - \langle
+              g_p, \hat g \rangle \hat g; \quad \text{else: } d = g + \alpha \lVert g \rVert_2\,
+              \hat g_v
 
     Args:
-        base: any Optax transformation; sees d and the unperturbed parameters.
-        total_steps: T, over which the threshold moves; an integer of at least 1.
-        rho: radius of the L2 ball, in units of the parameters, at least 0.
+        base, total_steps, rho, lambda_1, lambda_2, decay: as in `ae_sam`.
         alpha: weight of the reused component, at least 0.
-        lambda_1: threshold at the end, in standard deviations; any real number.
-        lambda_2: threshold at the start.
-        decay: :math:`\delta` of the averages, in [0, 1).
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
-
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. A step without ascent keeps the reused component and moves the policy's
-        averages.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
 
     Cost: 1 + s gradients per step, s the share of ascents; one copy of the parameters stored
-    (float32 at least), replaced on ascents. Within the step, one copy of the parameters more than
-    SAM with ``info=False``.
+    (float32 at least), and two scalars. Within a step, one copy of the parameters more than SAM.
+    When: half of SAM's second gradients, and wrong labels: with 60 % of them 87.9 %, SAM 88.2,
+    LookSAM 72.3 and AE-SAM 73.5, thresholds from 1 to -1 (Table 3 of its paper).
 
     Reduces to: `ae_sam` at ``alpha=0``; `sam` for very negative thresholds; ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import ae_look_sam
-        >>> tx = ae_look_sam(optax.sgd(0.5), total_steps=10, rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # the first step ascends: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.ae_look_sam(optax.sgd(1.0), total_steps=10, rho=5.0, alpha=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> updates, state = tx.update(grad_fn(w / 2), state, w / 2, grad_fn=grad_fn)
+        >>> print(state.info.ascended, jnp.array_str(updates, precision=3))  # reused: (-0.75, 1)
+        False [-1.25 -2.5 ]
 
     References:
-        Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
-        <https://arxiv.org/abs/2304.14647>`_, ICLR 2023, Algorithm 1.
+        Jiang et al., `ICLR 2023 <https://arxiv.org/abs/2304.14647>`_, Algorithm 1.
 
-    .. note:: Differences. Equation (2) normalizes the perturbation, Algorithm 1, line 7, prints
-        :math:`\rho g`; the default follows equation (2) and what SAM is, the other is
-        ``sharpness_aware(base, gradient_ascent(rho), reuse_orthogonal(alpha),
-        above_gradient_norm(...))``. The reused direction ages: with short schedules it can cost
-        accuracy.
+    .. note:: Differences. As in `ae_sam`. The reused direction ages: with short schedules it can
+        cost accuracy.
     """
     return sharpness_aware(
         base,
         steepest_ascent(rho),
         reuse_orthogonal(alpha),
         above_gradient_norm(total_steps, lambda_1, lambda_2, decay),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        **common,
     )
 
 
@@ -1011,60 +737,38 @@ def vasso(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     theta: ScalarOrSchedule = 0.9,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""VaSSO: ascend along a moving average of gradients, whose variance is smaller.
 
     .. math:: m_t = (1-\theta) m_{t-1} + \theta g_t, \quad m_0 = g_0, \quad
-              \epsilon = \rho \frac{m_t}{\lVert m_t \rVert_2}, \qquad d = \nabla L(w + \epsilon)
+              \epsilon = \rho\, \hat m_t, \qquad d = g_p
 
     Args:
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
-        theta: weight of the *new* gradient, in [0, 1].
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
+        theta: weight of the *new* gradient, in [0, 1]; Friendly SAM's decay is that of the old.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least), moved at
-    every step.
+    Cost: 2 gradients per step; one copy of the parameters stored (float32 at least).
+    When: minibatch gradients that are too noisy to ascend along, its paper's case; on digits with
+    wrong labels, this library's runs did not tell it from SAM.
 
     Reduces to: `sam` at ``theta=1``; ``base`` at ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import vasso
-        >>> tx = vasso(optax.sgd(0.5), rho=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # the first step: as `sam`
-        [-2.25 -0.  ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.vasso(optax.sgd(1.0), rho=5.0, theta=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> updates, state = tx.update(grad_fn(0 * w), state, 0 * w, grad_fn=grad_fn)
+        >>> print(jnp.array_str(updates, precision=3))  # g = 0 at the minimum; eps = (4, 3)
+        [ -4. -12.]
 
     References:
-        Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance Suppression
-        <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023.
-
-    .. note:: Differences. Friendly SAM's decay weights the old average, theta here the new
-        gradient.
+        Li and Giannakis, `NeurIPS 2023 <https://arxiv.org/abs/2309.15639>`_.
     """
     return sharpness_aware(
-        base,
-        optax.chain(variance_suppressed(theta), steepest_ascent(rho)),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
+        base, optax.chain(variance_suppressed(theta), steepest_ascent(rho)), **common
     )
 
 
@@ -1073,62 +777,38 @@ def gnp(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.8,
-    *,
-    mask: Any = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = False,
-    info: bool = False,
+    **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""Gradient norm penalty: descend between the clean and the perturbed gradient.
 
-    .. math:: \epsilon = \rho \frac{g}{\lVert g \rVert_2}, \qquad d = (1 - \alpha) g + \alpha
-              \nabla L(w + \epsilon)
+    .. math:: \epsilon = \rho\, \hat g, \qquad d = (1 - \alpha) g + \alpha g_p
 
     Args:
         base: any Optax transformation; sees d and the unperturbed parameters.
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         alpha: weight of the perturbed gradient, in [0, 1]: the penalty over ``rho``.
-        mask, axis_name, sync_perturbation, info: as in `sharpness_aware`.
 
-    Returns:
-        A ``GradientTransformationExtraArgs`` with state `SharpnessAwareState`, see
-        `sharpness_aware`. Every step ascends.
-
-    Raises:
-        ValueError, TypeError: an argument is outside its range; the message names it.
-
-    Cost: 2 gradients per step; nothing stored. Within the step, one copy of the parameters more
-    than SAM with ``info=False``.
+    Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
+    When: a dial from ``base`` to `sam`; on digits with wrong labels, this library's runs did not
+    tell it from SAM.
 
     Reduces to: `sam` at ``alpha=1``; ``base`` at ``alpha=0`` or ``rho=0``.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sam_optax import gnp
-        >>> tx = gnp(optax.sgd(0.5), rho=0.5, alpha=0.5)
-        >>> grad_fn = jax.grad(lambda w: 1.5 * w[0] ** 2 + 0.5 * w[1] ** 2)
-        >>> w = jnp.array([1.0, 0.0])
-        >>> state = tx.init(w)
-        >>> updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
-        >>> print(updates)  # -0.5 * (3 + 4.5) / 2
-        [-1.875 -0.   ]
+        >>> import jax, jax.numpy as jnp, optax, sam_optax
+        >>> w, grad_fn = jnp.array([4.0, 0.75]), jax.grad(lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2)
+        >>> tx = sam_optax.gnp(optax.sgd(1.0), rho=5.0, alpha=0.5)
+        >>> updates, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(updates)  # minus the mean of g and gp
+        [-6. -9.]
 
     References:
-        Zhao et al., `Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
-        Learning <https://arxiv.org/abs/2202.03599>`_, ICML 2022.
+        Zhao et al., `ICML 2022 <https://arxiv.org/abs/2202.03599>`_.
 
     .. note:: Differences. The authors' code by default puts the clean gradient's unit vector into
         d; this is the paper's rule.
     """
-    return sharpness_aware(
-        base,
-        steepest_ascent(rho),
-        interpolated(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        info=info,
-    )
+    return sharpness_aware(base, steepest_ascent(rho), interpolated(alpha), **common)
 
 
 def proportional_rho(
@@ -1162,13 +842,13 @@ def proportional_rho(
         1.5 1.0 0.5
 
     References:
-        Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
-        <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
+        Zhuang et al., `ICLR 2022 <https://arxiv.org/abs/2203.08065>`_, Algorithm 1.
 
     .. note:: Differences. The authors' code does not clip: while the learning rate warms up from 0,
         its radius lies below ``rho_min`` and can be negative; and its PyTorch schedulers lag one
         step behind the learning rate.
     """
+    rate = hyperparameter("proportional_rho", "learning_rate", learning_rate, low=-math.inf)
     check_number("proportional_rho", "lr_min", lr_min)
     check_number("proportional_rho", "lr_max", lr_max, low=lr_min)
     check_number("proportional_rho", "rho_min", rho_min)
@@ -1177,9 +857,7 @@ def proportional_rho(
         return optax.constant_schedule(rho_max)
 
     def schedule(step):
-        share = ((learning_rate(step) if callable(learning_rate) else learning_rate) - lr_min) / (
-            lr_max - lr_min
-        )
+        share = (rate(step) - lr_min) / (lr_max - lr_min)
         return jnp.clip(rho_min + (rho_max - rho_min) * share, rho_min, rho_max)
 
     return schedule
