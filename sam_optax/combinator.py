@@ -104,8 +104,8 @@ def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
         if decoupled is _MISSING:
             raise TypeError(
                 "add_decoupled_term: `update` needs the keyword `decoupled=`: put it into the "
-                "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient form. "
-                "A plain GradientTransformation around it, such as that of `optax.MultiSteps` in a "
+                "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient "
+                "form. A plain GradientTransformation around it, such as that of `optax.MultiSteps` in a "
                 "chain, drops keywords: build an optax.GradientTransformationExtraArgs from its "
                 "`init` and `update`."
             )
@@ -149,7 +149,8 @@ def _from_value(extra: dict[str, Any]) -> Callable:
         raise ValueError(
             "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
             "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
-            "neither. In a trainer that calls `update` itself, use another form: hand it `sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
+            "neither. In a trainer that calls `update` itself, use another form: hand it "
+            "`sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
             "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
             "`jax.value_and_grad`, with a plain optimizer."
         )
@@ -406,7 +407,5 @@ def sharpness_aware(
                 "and use the gradient form with `add_decoupled_term` in the optimizer."
             )
     method = Method(perturbation, surrogate, policy, mask, axis_name, sync_perturbation, info)
-    combinator: Any = Combinator(
-        _with_keywords(base), method.checked("sharpness_aware"), rate
-    )
+    combinator: Any = Combinator(_with_keywords(base), method.checked("sharpness_aware"), rate)
     return SharpnessAware(combinator.init, combinator.update)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 
 from sam_optax._method import Method
@@ -203,6 +204,9 @@ def nnx_sharpness_aware_value_and_grad(
         loss = checked_loss(pure.loss, True, {}, function, split=lambda aux: aux)
         found, state, (_, rest) = _estimate(plan, loss, pure.params, state, pure.args, extra_args)
         pure.write(None, rest)
-        return found._replace(aux=found.aux[0]), state
+        # As `nnx.grad` returns them: `nnx.Optimizer` looks for variables of its kind.
+        variables = jax.tree.structure(nnx.state(model, wrt))
+        grads = jax.tree.unflatten(variables, jax.tree.leaves(found.grads))
+        return found._replace(grads=grads, aux=found.aux[0]), state
 
     return SharpnessAwareGradient(init, value_and_grad)

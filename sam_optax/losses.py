@@ -200,8 +200,8 @@ def sharpness_aware_loss(
             still = jax.tree.map(
                 lambda x: (
                     jnp.zeros_like(x)
-                    if jnp.issubdtype(x.dtype, jnp.inexact)
-                    else np.zeros(x.shape, jax.dtypes.float0)
+                    if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+                    else np.zeros(jnp.shape(x), jax.dtypes.float0)
                 ),
                 aux,
             )
