@@ -105,9 +105,9 @@ def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
             raise TypeError(
                 "add_decoupled_term: `update` needs the keyword `decoupled=`: put it into the "
                 "`base` of a method such as `wsam`, or pass `found.decoupled` of the gradient "
-                "form. A plain GradientTransformation around it, such as that of `optax.MultiSteps` in a "
-                "chain, drops keywords: build an optax.GradientTransformationExtraArgs from its "
-                "`init` and `update`."
+                "form. A plain GradientTransformation around it, such as that of "
+                "`optax.MultiSteps` in a chain, drops keywords: build an "
+                "optax.GradientTransformationExtraArgs from its `init` and `update`."
             )
         if decoupled is None:
             return updates, state

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.oracles.rows import ROWS, base, every_row, problem32, step_fn
+from tests.oracles.rows import ROWS, base, every_row, problem32, stepper
 
 SOME = ROWS[::4]
 
@@ -27,7 +27,7 @@ def stepped(row, info=True):
     """A row's optimizer, its step, and what it starts from."""
     problem = problem32()._replace(loss=loss)
     tx = row.build(base(), info=info)
-    return tx, step_fn(row, tx, problem), problem.params, problem.batch(0)
+    return tx, stepper(row, tx, problem), problem.params, problem.batch(0)
 
 
 @every_row
@@ -88,7 +88,7 @@ def test_pickles(row):
     tx, step, params, batch = stepped(row)
     copy = cloudpickle.loads(cloudpickle.dumps(tx))
     assert jax.tree.structure(copy.init(params)) == jax.tree.structure(tx.init(params))
-    again = step_fn(row, copy, problem32()._replace(loss=loss))
+    again = stepper(row, copy, problem32()._replace(loss=loss))
     programs = [
         str(jax.make_jaxpr(f)(params, t.init(params), batch))
         for f, t in ((step, tx), (again, copy))

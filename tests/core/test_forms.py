@@ -1,6 +1,7 @@
 """The gradient form and the loss form: the numbers of the optimizer form, whoever does the rest."""
 
 import copy
+from typing import Any
 
 import chex
 import jax
@@ -32,7 +33,16 @@ from sam_optax.perturbations import steepest_ascent
 from sam_optax.policies import every, never
 from sam_optax.training import nnx_step, two_gradient_step
 from tests.oracles.problems import one_batch, squared_error
-from tests.oracles.rows import LEARNING_RATE, ROWS, base, every_row, named, problem64, stepper
+from tests.oracles.rows import (
+    LEARNING_RATE,
+    ROWS,
+    base,
+    every_row,
+    named,
+    problem64,
+    stepper,
+    untyped,
+)
 from tests.oracles.trees import assert_close, assert_same, flat
 
 
@@ -182,7 +192,7 @@ class TestLossForm:
 
     def test_what_is_no_array_is_left_alone(self):
         """As in an Equinox model: functions and integers beside the parameters."""
-        model = {"w": self.w, "f": jnp.square, "n": jnp.arange(2), "none": None}
+        model: Any = {"w": self.w, "f": jnp.square, "n": jnp.arange(2), "none": None}
 
         def loss(model, x):
             return jnp.sum(model["f"](model["w"]) * model["n"]) * jnp.mean(x)
@@ -238,7 +248,7 @@ class TestLossForm:
         with pytest.raises(TypeError, match="Method"):
             sharpness_aware_loss(self.loss, steepest_ascent(0.1))
         with pytest.raises(TypeError, match="`method` must be a Method"):
-            sharpness_aware_value_and_grad(self.loss, 0.05)
+            sharpness_aware_value_and_grad(self.loss, untyped(0.05))
         with pytest.raises(ValueError, match="argnums"):
             self.sharp(argnums=5)(self.w, self.x)
 
@@ -317,7 +327,7 @@ class TestAnyOptimizer:
         def loss(params, x, y):
             return squared_error(params, x, y), {"inputs": x, "count": jnp.int32(len(x))}
 
-        for options in ({"num_groups": 4}, {"num_microbatches": 4}):
+        for options in untyped(({"num_groups": 4}, {"num_microbatches": 4})):
             sharp = sharpness_aware_value_and_grad(
                 loss, sam(optax.identity()), has_aux=True, **options
             )
@@ -421,8 +431,8 @@ class TestNnx:
         metric.update(values=jnp.mean(out))
         return jnp.mean((out - y) ** 2), out
 
-    def results(self, model, rngs, metric):
-        return nnx.as_pure(nnx.state((model, rngs, metric)))
+    def results(self, model, rngs, metric) -> Any:
+        return nnx.as_pure(nnx.state((model, rngs, metric), nnx.Not(nnx.RngKey)))
 
     def by_step(self):
         model, x, y, rngs, metric = self.start()
