@@ -187,7 +187,7 @@ def ksam_step(
         >>> import jax, jax.numpy as jnp, optax
         >>> from sam_optax import sam
         >>> from sam_optax.training import ksam_step
-        >>> tx = sam(optax.sgd(0.5), rho=1.0)
+        >>> tx = sam(optax.sgd(0.5), rho=1.0, info=True)
         >>> step = jax.jit(ksam_step(lambda w, x: x * w**2, tx, gamma=0.5))
         >>> w = jnp.array(1.0)
         >>> w, state, metrics = step(w, tx.init(w), jnp.array([1.0, 3.0]))

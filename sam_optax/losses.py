@@ -259,7 +259,7 @@ def nnx_sharpness_aware_loss(
         ...     lambda model, x: jnp.mean(model(x) ** 4), sam(optax.identity())
         ... )
         >>> loss, grads = nnx.value_and_grad(sharp_loss)(model, jnp.ones((4, 2)))
-        >>> optimizer.update(model, grads)
+        >>> _ = optimizer.update(model, grads)
     """
     function = "nnx_sharpness_aware_loss"
     nnx = import_nnx(function)
