@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +177,17 @@ def test_product(perturbation, pairs, float64):
         )
         numbers = np.array([s[1:4] for s in steps], float)
         np.testing.assert_allclose(measured(info)[:, :3], numbers, rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES | RENORMALIZED if "clipped" not in name])
+def test_without_a_perturbation_a_rule_is_the_clean_gradient(name):
+    """Where gp is g: bit for bit, on a fresh step and on the stale one after it."""
+    rule = (RULES | RENORMALIZED)[name][0]()
+    g = jax.tree.map(jnp.float32, PROBLEM.direction)
+    direction, state = rule.fresh(g, g, jnp.int32(0), rule.init(g))
+    for found in (direction, rule.stale(g, jnp.int32(1), state)[0]):
+        chex.assert_trees_all_equal(found.descent, g)
+        assert found.decoupled is None or not flat(found.decoupled).any()
 
 
 SCALE_FREE = {name: name not in ("gradient", "fisher", "averaged fisher") for name in PERTURBATIONS}

@@ -27,15 +27,10 @@ from sam_optax.surrogates import (
     renormalized,
 )
 from tests.oracles import problems
-from tests.oracles.problems import Problem
 from tests.oracles.rows import (
     KEY,
     PROBLEM,
     RHO,
-    ROWS,
-    Row,
-    base,
-    follow,
     problem64,
     trajectory,
     untyped,
@@ -146,41 +141,6 @@ def walk(make: Any) -> np.ndarray:
 @pytest.mark.parametrize(("one", "other"), REDUCTIONS.values(), ids=REDUCTIONS)
 def test_reduction(one, other):
     np.testing.assert_allclose(walk(one), walk(other), rtol=1e-12, atol=1e-12)
-
-
-def without_biases(problem: Problem) -> Problem:
-    """Weights alone: the adaptive default sees the same leaves with and without names."""
-
-    def prune(tree):
-        return {layer: {"kernel": leaves["kernel"]} for layer, leaves in tree.items()}
-
-    def loss(params, batch):
-        full = {
-            layer: {"kernel": leaves["kernel"], "bias": jnp.zeros(leaves["kernel"].shape[1])}
-            for layer, leaves in params.items()
-        }
-        return problem.loss(full, batch)
-
-    return problem._replace(
-        loss=loss, params=prune(problem.params), direction=prune(problem.direction)
-    )
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row.whole], ids=lambda row: row.name)
-def test_one_vector_or_many_leaves(row: Row):
-    """Norms run over the whole tree: cutting the parameters into leaves changes nothing."""
-    problem = without_biases(problem64())
-    vector, unravel = jax.flatten_util.ravel_pytree(problem.params)
-    flattened = problem._replace(
-        loss=lambda w, batch: problem.loss(unravel(w), batch),
-        params=vector,
-        direction=jax.flatten_util.ravel_pytree(problem.direction)[0],
-    )
-    walks = [
-        trajectory(jax.jit(lambda p=p: follow(row, row.build(base()), p)[1][0])())
-        for p in (problem, flattened)
-    ]
-    np.testing.assert_allclose(*walks, rtol=1e-9, atol=1e-11)
 
 
 BALLS = {

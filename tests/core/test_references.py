@@ -161,7 +161,7 @@ def tensor_mask():
 def drawn(problem: Problem, part: optax.GradientTransformationExtraArgs) -> np.ndarray:
     """What a random mask keeps of a displacement, at every step."""
     size = len(problem.start)
-    ones = problem.unflatten(jnp.ones(size))
+    ones = jax.tree.map(jnp.asarray, problem.unflatten(np.ones(size)))
     draw = jax.jit(lambda t: part.update(ones, part.init(ones), ones, step=t)[0])
     trees = jax.tree.map(lambda *steps: np.stack(steps), *map(draw, range(STEPS)))
     where, flat = problem.unflatten(np.arange(size)), np.empty((STEPS, size))

@@ -1,5 +1,6 @@
 """Diagnostics against dense Hessians, the secular equation of a ball, and NumPy."""
 
+import functools
 import statistics
 import sys
 from typing import Any
@@ -36,7 +37,13 @@ def network():
 
 def dense(loss, params):
     flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda w: loss(unravel(w)))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda w: loss(unravel(w))))(flat))
+
+
+@functools.cache
+def network_hessian():
+    with jax.enable_x64(True):
+        return dense(*network()[:2])
 
 
 def rotated(eigenvalues, seed=0):
@@ -57,7 +64,7 @@ def test_hessian_vector_product(float64):
     vector = jax.tree.map(lambda p: jax.random.normal(KEY, p.shape), params)
     found = diagnostics.hessian_vector_product(loss, params, vector)
     assert jax.tree.structure(found) == jax.tree.structure(params)
-    expected = dense(loss, params) @ ravel_pytree(vector)[0]
+    expected = network_hessian() @ ravel_pytree(vector)[0]
     np.testing.assert_allclose(ravel_pytree(found)[0], expected, rtol=1e-10, atol=1e-12)
 
 
@@ -75,7 +82,7 @@ def test_hessian_vector_product_keeps_dtypes():
 @pytest.mark.parametrize("num_iters", [90, 200])
 def test_top_eigenpairs_of_a_network(float64, num_iters):
     loss, params, *_ = network()
-    hessian = dense(loss, params)
+    hessian = network_hessian()
     exact = np.linalg.eigvalsh(hessian)[::-1]
     assert exact[-1] < 0
     values, vectors = diagnostics.hessian_top_eigenpairs(
@@ -162,7 +169,7 @@ def test_a_hessian_that_is_not_finite_stays_visible():
 
 def test_trace_and_its_standard_error(float64):
     loss, params, *_ = network()
-    hessian = dense(loss, params)
+    hessian = network_hessian()
     estimate, error = jax.vmap(
         lambda key: diagnostics.hessian_trace(loss, params, key, num_samples=50)
     )(jax.random.split(KEY, 20))
@@ -205,7 +212,7 @@ def test_density_of_a_diagonal_hessian(float64, num_iters):
 
 def test_density_of_a_network(float64):
     loss, params, *_ = network()
-    hessian = dense(loss, params)
+    hessian = network_hessian()
     n, samples = len(hessian), 40
     grid, density = diagnostics.hessian_spectral_density(
         loss, params, KEY, num_iters=20, num_samples=samples, num_points=2048
@@ -260,12 +267,17 @@ SPECTRA = {
 }
 
 
+@jax.jit
+def maximum(matrix, params, radius):
+    return diagnostics.sharpness(quadratic(matrix), params, radius, num_steps=200)
+
+
 @pytest.mark.parametrize("radius", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_sharpness_of_a_quadratic_is_the_maximum_over_the_ball(float64, name, radius):
     matrix = rotated(SPECTRA[name], seed=3)
     params = jnp.array(np.random.default_rng(4).normal(size=6))
-    found = diagnostics.sharpness(quadratic(matrix), params, radius, num_steps=200)
+    found = maximum(matrix, params, radius)
     expected = ball_maximum(matrix, matrix @ params, radius)
     np.testing.assert_allclose(found, expected, rtol=1e-6 if name == "convex" else 1e-4)
 
@@ -297,8 +309,8 @@ def test_sharpness_in_a_scaled_ball_and_a_masked_one(float64):
 @pytest.mark.parametrize("w", [[0.0, 0.0], [0.0, 0.1], [1e-9, 0.1], [-1e-9, 0.1], [1e-200, 0.0]])
 def test_sharpness_where_the_gradient_points_nowhere_useful(float64, w):
     matrix = np.diag([3.0, 1.0])
-    loss, params = quadratic(matrix), jnp.array(w)
-    found = diagnostics.sharpness(loss, params, 0.5, num_steps=100)
+    params = jnp.array(w)
+    found = maximum(matrix, params, 0.5)
     np.testing.assert_allclose(found, ball_maximum(matrix, matrix @ params, 0.5), rtol=1e-6)
 
 

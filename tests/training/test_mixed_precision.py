@@ -227,7 +227,7 @@ def test_overflow_skips_the_step_and_nothing_else(name):
         step = MAKE[name](loss, tx, skip_nonfinite=skip, **options)
         return step if name == "host_dispatched" else jax.jit(step)
 
-    careful, careless = make(True), make(False)
+    careful = make(True)
     for at in ("clean", "perturbed", "none"):
         trip = explode(at) if options else jnp.full(len(x), explode(at))
         new, new_state, metrics = careful(params, state, x, y, trip, loss_scale=jnp.float32(1024.0))
@@ -240,8 +240,10 @@ def test_overflow_skips_the_step_and_nothing_else(name):
         assert np.isfinite(metrics.grad_norm) == (at == "perturbed")
         if metrics.ascended:
             assert not np.isfinite(metrics.perturbed_grad_norm)
+        if name != "two_gradient_step":
+            continue
         # Without the option, the overflow goes through: nothing is hidden.
-        new, new_state, metrics = careless(params, state, x, y, trip)
+        new, new_state, metrics = make(False)(params, state, x, y, trip)
         assert not metrics.skipped and new_state.step == 1
         assert not np.all(np.isfinite(flat((new, new_state.base, new_state.perturbation))))
 

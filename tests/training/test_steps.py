@@ -300,6 +300,21 @@ def test_synchronized_groups_are_the_whole_batch():
     assert np.max(np.abs(flat(a) - flat(b))) > 1e-4
 
 
+def test_line_search_over_groups_sees_the_whole_batch():
+    """Its `value_fn` is the mean over the groups, as is the loss that it compares with."""
+    params, x, y = one_batch()
+    base = optax.chain(
+        optax.sgd(20.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=15)
+    )
+    tx = sam_optax.sam(base, rho=0.1, sync_perturbation=True)
+    found = []
+    for groups in (1, 4):
+        step = jax.jit(two_gradient_step(loss_fn, tx, num_groups=groups))
+        found.append(step(params, tx.init(params), x, y)[:2])
+    assert_close(*found)
+    assert found[0][1].base[1].learning_rate < 1
+
+
 # --- Micro-batches --------------------------------------------------------------------------------
 
 
