@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -210,14 +210,37 @@ def is_identity(tx: optax.GradientTransformation) -> bool:
         return False
 
 
-def _is_cut_off(update: Any, updates: Any) -> bool:
-    """Whether some leaf of ``update(updates)`` does not depend on ``updates``, as if frozen."""
-    jaxpr = jax.make_jaxpr(update)(updates).jaxpr
-    reached = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(not hasattr(x, "val") and x in reached for x in equation.invars):
+class Origin(NamedTuple):
+    """What an output of a function comes from.
+
+    Attributes:
+        shape: what it looks like.
+        follows: whether it depends on the arguments' values.
+        constant: its value, where it was known when tracing; else None.
+    """
+
+    shape: Any
+    follows: bool
+    constant: Any
+
+
+def origins(function: Callable, *args: Any) -> Any:
+    """For every output of ``function(*args)``, its `Origin`."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    reached = set(closed.jaxpr.invars)
+
+    def is_reached(x):
+        return not hasattr(x, "val") and x in reached
+
+    for equation in closed.jaxpr.eqns:
+        if any(map(is_reached, equation.invars)):
             reached.update(equation.outvars)
-    return any(hasattr(x, "val") or x not in reached for x in jaxpr.outvars)
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    leaves = [
+        Origin(shape, is_reached(x), x.val if hasattr(x, "val") else known.get(x))
+        for x, shape in zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def check_closed_base(base: Any, state: Any, params: Any) -> None:
@@ -237,10 +260,10 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         optax.ApplyIfFiniteState: "`optax.apply_if_finite` would hold back the rest alone",
     }
     reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
-    if find_states(state, optax.MaskedState) and _is_cut_off(
-        lambda updates: base.update(updates, state, params)[0], params
-    ):
-        reasons.append("the base freezes some leaves")
+    if find_states(state, optax.MaskedState):
+        updates = origins(lambda updates: base.update(updates, state, params)[0], params)
+        if not all(x.follows for x in find_states(updates, Origin)):
+            reasons.append("the base freezes some leaves")
     if reasons:
         raise ValueError(
             "sharpness_aware: with `learning_rate=` the decoupled term is subtracted past the "

@@ -12,7 +12,7 @@ import optax
 
 from sam_optax._axes import tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, origins
 from sam_optax._method import Method
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
@@ -279,7 +279,14 @@ class Plan(NamedTuple):
         """``(aux, carried)`` of a whole batch from that of its parts."""
         if not jax.tree.leaves(stacked):
             return stacked
-        one, all_ = (jax.eval_shape(lambda *a: evaluate(*a).aux, *x) for x in (part, whole))
+        one = jax.eval_shape(lambda *a: evaluate(*a).aux, *part)
+        params, *args = whole
+        chosen = self.batch.positions(tuple(args))
+
+        def on_batch(batch):
+            return evaluate(params, *(batch.get(i, x) for i, x in enumerate(args))).aux
+
+        all_ = origins(on_batch, {i: args[i] for i in chosen})
         rules = (reduce_output, reduce_state)
         joined = [
             self.batch.join(*trees, interleaved=interleaved, reduce=rule)

@@ -311,11 +311,13 @@ a_few_rows = pytest.mark.parametrize(
     ids=lambda row: row.name,
 )
 
-METHODS = {
+# The named methods: what the library exports of its `variants` that takes a base optimizer.
+METHODS: dict[str, Callable] = {
     name: function
     for name in sam_optax.__all__
-    if inspect.isfunction(function := getattr(sam_optax, name))
-    and name not in ("proportional_rho", "sharpness_aware")
+    if (function := getattr(sam_optax.variants, name, None)) is not None
+    and function.__module__ == sam_optax.variants.__name__
+    and "base" in inspect.signature(function).parameters
 }
 
 
