@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import sam_optax
-from sam_optax import sharpness_aware
+from sam_optax import sharpness_aware, variants
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
@@ -315,8 +315,8 @@ a_few_rows = pytest.mark.parametrize(
 METHODS: dict[str, Callable] = {
     name: function
     for name in sam_optax.__all__
-    if (function := getattr(sam_optax.variants, name, None)) is not None
-    and function.__module__ == sam_optax.variants.__name__
+    if (function := getattr(variants, name, None)) is not None
+    and function.__module__ == variants.__name__
     and "base" in inspect.signature(function).parameters
 }
 
