@@ -270,10 +270,13 @@ def _check_tree(function: str, tree: Any, params: Params) -> None:
     """Raise, naming the first path, unless a tree of a state belongs to these parameters."""
     try:
         tree = fill(tree, params)
-    except ValueError:  # another tree: the next lines say where
-        pass
+    except ValueError:  # another tree: the next lines say where, and it is not at a hole
+        known = dict(jax.tree_util.tree_leaves_with_path(params))
+        tree = jax.tree_util.tree_map_with_path(
+            lambda path, x: known.get(path, x) if is_hole(x) else x, tree, is_leaf=is_hole
+        )
     try:
-        check_like(tree, params, function, "what the optimizer's state holds of them")
+        check_like(tree, params, function, "the one-gradient method's state")
     except ValueError as error:
         raise ValueError(
             f"{error} Pass the parameters that the optimizer's `init` was given (`state.params`; "
