@@ -106,14 +106,15 @@ def check_like(tree: Any, params: Any, function: str, name: str) -> None:
         )
 
 
-def check_params(params: Any, function: str = "sharpness_aware") -> None:
-    """Raise unless these are parameters that can be perturbed: all of them, real and floating."""
+def check_params(params: Any, function: str = "sharpness_aware", whole: bool = True) -> None:
+    """Raise unless these are parameters that can be perturbed: real, floating, and, for ``whole``,
+    all of them."""
     if params is None:
         raise ValueError(
             f"{function}: it perturbs the parameters; pass them: "
-            "`update(grads, state, params, grad_fn=...)`."
+            f"`update(grads, state, params{', grad_fn=...' if whole else ''})`."
         )
-    if any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
+    if whole and any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
         raise ValueError(
             f"{function}: `optax.masked` or `optax.partition` around it hides leaves, and "
             "`grad_fn` would not get whole parameters. Put it outside: `mask=` chooses the "
@@ -199,6 +200,13 @@ def find_states(opt_state: Any, *kinds: type) -> list:
         return isinstance(x, kinds)
 
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+
+
+def with_keywords(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
+    if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
 
 
 def is_identity(tx: optax.GradientTransformation) -> bool:

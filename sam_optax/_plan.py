@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from sam_optax._method import Method
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
 from sam_optax.combinator import SharpnessAware
+from sam_optax.one_gradient import OneGradient
 
 _GROUPS = "sam_optax_groups"
 
@@ -33,7 +35,15 @@ def method_of(function: str, method: Any) -> Method:
         method = method.parts.method
     if not isinstance(method, Method):
         hint = ""
-        if isinstance(method, optax.GradientTransformation):
+        if isinstance(getattr(method, "update", None), MethodType) and isinstance(
+            method.update.__self__, OneGradient
+        ):
+            hint = (
+                " A one-gradient method is an optimizer, and takes no second gradient: use "
+                "`jax.value_and_grad` at `displaced_params(params, opt_state)`, and then its "
+                "`update`."
+            )
+        elif isinstance(method, optax.GradientTransformation):
             hint = " A perturbation becomes one by `Method(perturbation)`."
         raise TypeError(
             f"{function}: `method` must be a Method, or what a method such as "
