@@ -32,15 +32,17 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
     integer: bool = False,
+    schedule: bool = True,
 ) -> None:
     """Raise unless a number lies in its range; a tracer must be a scalar, a schedule can wait."""
-    if not integer and callable(value):
+    schedule = schedule and not integer
+    if schedule and callable(value):
         return
     kind = numbers.Integral if integer else numbers.Real
     open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     wanted = f"{'an integer' if integer else 'a number'} in {interval}"
-    wrong_kind = f"{wanted}{'' if integer else ' or an Optax schedule'}"
+    wrong_kind = f"{wanted}{' or an Optax schedule' if schedule else ''}"
     if is_array(value):
         real = [jnp.integer] if integer else [jnp.integer, jnp.floating]
         if np.ndim(value) or not any(jnp.issubdtype(value.dtype, kind) for kind in real):
@@ -141,6 +143,8 @@ def check_parts(function: str, **parts: Any) -> None:
         kind = kinds.get(name, optax.GradientTransformation)
         if not isinstance(part, kind):
             hint = " Was it meant to be called first?" if callable(part) else ""
+            if isinstance(part, optax.MultiSteps):
+                hint = " Pass its `gradient_transformation()`."
             raise TypeError(f"{function}: `{name}` must be a {kind.__name__}, got {part!r}.{hint}")
 
 
@@ -201,6 +205,21 @@ def find_states(opt_state: Any, *kinds: type) -> list:
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
 
 
+def check_base(state: Any) -> None:
+    """Raise for a base, known by its state, that steps from other parameters than it is given."""
+    if find_states(state, optax.LookaheadState):
+        raise TypeError(
+            "sharpness_aware: `optax.lookahead` as `base` wants `optax.LookaheadParams`, a pair, "
+            "of which a loss sees `fast` alone. Take the gradient at `params.fast` with "
+            "`sharpness_aware_value_and_grad`, and hand it to `optax.lookahead`."
+        )
+    if find_states(state, optax.contrib.SAMState):
+        raise TypeError(
+            "sharpness_aware: `optax.contrib.sam` as `base` would take gradients of its own. Give "
+            "the optimizer inside it as `base`."
+        )
+
+
 def is_identity(tx: optax.GradientTransformation) -> bool:
     """Whether a transformation hands on what it is given, as `optax.identity` does."""
     leaf = object()
@@ -212,7 +231,10 @@ def is_identity(tx: optax.GradientTransformation) -> bool:
 
 def _is_cut_off(update: Any, updates: Any) -> bool:
     """Whether some leaf of ``update(updates)`` does not depend on ``updates``, as if frozen."""
-    jaxpr = jax.make_jaxpr(update)(updates).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(update)(updates).jaxpr
+    except Exception:  # it needs keywords that only a step has, as a line search does
+        return False
     reached = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         if any(not hasattr(x, "val") and x in reached for x in equation.invars):
@@ -235,6 +257,10 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         ),
         optax.contrib.ReduceLROnPlateauState: "`reduce_on_plateau` scales the base's rate",
         optax.ApplyIfFiniteState: "`optax.apply_if_finite` would hold back the rest alone",
+        optax.ConditionallyMaskState: "at some steps, `optax.conditionally_mask` moves nothing",
+        optax.ConditionallyTransformState: (
+            "at some steps, `optax.conditionally_transform` hands gradients on"
+        ),
     }
     reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
     if find_states(state, optax.MaskedState) and _is_cut_off(

@@ -26,6 +26,7 @@ import optax
 
 from sam_optax._checks import check_key, check_like, hyperparameter, resolve_mask
 from sam_optax._tree import (
+    all_finite,
     cast_like,
     divide,
     norm,
@@ -33,6 +34,7 @@ from sam_optax._tree import (
     prune,
     reject,
     scale,
+    select,
     upcast,
 )
 from sam_optax._types import ScalarOrSchedule
@@ -277,7 +279,8 @@ def _moving_average(
 ) -> optax.GradientTransformationExtraArgs:
     """``displace(g, old, new, step)``, where new = (1 - weight) old + weight g.
 
-    The first average is ``weight * g`` with ``zero_start``, else g itself.
+    The first average is ``weight * g`` with ``zero_start``, else g itself. Where the gradient is
+    not finite, the average stays as it was: one overflow does not decide the rest of the run.
     """
 
     def init(params):
@@ -293,7 +296,8 @@ def _moving_average(
 
         ema = cast_like(jax.tree.map(move, state.ema, g), state.ema)
         eps = displace(g, state.ema, ema, step)
-        return cast_like(eps, updates), EmaState(ema, jnp.ones_like(state.started))
+        moved = EmaState(ema, jnp.ones_like(state.started))
+        return cast_like(eps, updates), select(all_finite(g), moved, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import typing
 from typing import Any, NamedTuple
 
 import chex
@@ -323,11 +324,8 @@ def test_injected_rho(row):
 
 def real_hyperparameters(method):
     """What is documented as a number or a schedule."""
-    return [
-        name
-        for name, parameter in inspect.signature(method).parameters.items()
-        if parameter.annotation in (ScalarOrSchedule, ScalarOrSchedule | None)
-    ]
+    hints = typing.get_type_hints(method)
+    return [k for k, v in hints.items() if v in (ScalarOrSchedule, ScalarOrSchedule | None)]
 
 
 # From what to what a schedule moves, so that a decision moves with it.

@@ -315,7 +315,8 @@ METHODS = {
     name: function
     for name in sam_optax.__all__
     if inspect.isfunction(function := getattr(sam_optax, name))
-    and name not in ("proportional_rho", "sharpness_aware")
+    and function.__module__ == "sam_optax.variants"
+    and name != "proportional_rho"
 }
 
 
