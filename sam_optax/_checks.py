@@ -136,6 +136,19 @@ def check_params(params: Any, function: str = "sharpness_aware") -> None:
             )
 
 
+def check_alive(function: str, **trees: Any) -> None:
+    """Raise, naming the argument, where an array was given away to an earlier step."""
+    for name, tree in trees.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            if known and x.is_deleted():
+                raise ValueError(
+                    f"{function}: `{name}{jax.tree_util.keystr(path)}` was donated to an earlier "
+                    "step, and is gone. Go on with what that step returned, or copy before it: "
+                    "`jax.tree.map(jnp.copy, ...)`."
+                )
+
+
 def check_parts(function: str, **parts: Any) -> None:
     """Raise unless the parts of a method, and its base, are of their kinds."""
     kinds = {"surrogate": SurrogateRule, "policy": Policy}

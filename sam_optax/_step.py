@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from sam_optax._axes import average
-from sam_optax._checks import check_number, find_states, is_array
+from sam_optax._checks import check_alive, check_number, check_params, find_states, is_array
 from sam_optax._plan import At, Loss, Plan, differentiated
 from sam_optax._tree import accumulator, all_finite, select
 from sam_optax._types import Evaluation, SharpnessAwareState, SharpnessInfo
@@ -135,6 +135,7 @@ def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: boo
             "sees `fast` alone. Take the gradient at `params.fast` with "
             "`sharpness_aware_value_and_grad`, and hand it to `optax.lookahead`."
         )
+    check_params(params, function)
 
 
 class Result(NamedTuple):
@@ -229,6 +230,7 @@ class Step(NamedTuple):
 
     def run(self, params: Any, opt_state: Any, args: tuple, ascend: Any = None) -> Result:
         """The whole step."""
+        check_alive(self.plan.function, params=params, opt_state=opt_state)
         _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
         return self.finish(params, opt_state, args, self.start(params, args), ascend)
 
