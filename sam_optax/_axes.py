@@ -35,6 +35,27 @@ def vary(tree: Any, axes: tuple) -> Any:
     return jax.tree.map(mark, tree)
 
 
+def check_shard(function: str, value: Any, params: Any, axes: tuple) -> None:
+    """Raise where a loss's type tells that it, or the parameters, are not what the axes say."""
+    if value is None:
+        return
+    averaged = [a for a in tracked(axes) if a not in varying(value)]
+    if averaged:
+        raise ValueError(
+            f"{function}: the loss is the same on every device of axis `{averaged[0]}`, as if it "
+            "was averaged inside (`jax.lax.pmean`); its gradients would be averaged twice, and "
+            "steps too small. Return this shard's own loss: `axis_name` does the rest."
+        )
+    known = frozenset(axes) | varying(value)
+    sharded = sorted(set().union(*map(varying, jax.tree.leaves(params))) - known, key=str)
+    if sharded:
+        raise ValueError(
+            f"{function}: the parameters differ along the mapped axis `{sharded[0]}`, and the loss "
+            "does not: they are shards of one model, whose norm no device knows. Shard them "
+            "outside of shard_map (`jax.jit` with a NamedSharding), where norms are global."
+        )
+
+
 def average(tree: Any, axes: tuple) -> Any:
     """Mean of the float leaves over the axes; the other leaves do not depend on the shard."""
 

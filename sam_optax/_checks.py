@@ -32,15 +32,17 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
     integer: bool = False,
+    schedule: bool = True,
 ) -> None:
     """Raise unless a number lies in its range; a tracer must be a scalar, a schedule can wait."""
-    if not integer and callable(value):
+    schedule = schedule and not integer
+    if schedule and callable(value):
         return
     kind = numbers.Integral if integer else numbers.Real
     open_low, open_high = open_low or math.isinf(low), open_high or math.isinf(high)
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     wanted = f"{'an integer' if integer else 'a number'} in {interval}"
-    wrong_kind = f"{wanted}{'' if integer else ' or an Optax schedule'}"
+    wrong_kind = f"{wanted}{' or an Optax schedule' if schedule else ''}"
     if is_array(value):
         real = [jnp.integer] if integer else [jnp.integer, jnp.floating]
         if np.ndim(value) or not any(jnp.issubdtype(value.dtype, kind) for kind in real):
@@ -135,6 +137,19 @@ def check_params(params: Any, function: str = "sharpness_aware", whole: bool = T
             )
 
 
+def check_alive(function: str, **trees: Any) -> None:
+    """Raise, naming the argument, where an array was given away to an earlier step."""
+    for name, tree in trees.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            if known and x.is_deleted():
+                raise ValueError(
+                    f"{function}: `{name}{jax.tree_util.keystr(path)}` was donated to an earlier "
+                    "step, and is gone. Go on with what that step returned, or copy before it: "
+                    "`jax.tree.map(jnp.copy, ...)`."
+                )
+
+
 def check_parts(function: str, **parts: Any) -> None:
     """Raise unless the parts of a method, and its base, are of their kinds."""
     kinds = {"surrogate": SurrogateRule, "policy": Policy}
@@ -142,6 +157,8 @@ def check_parts(function: str, **parts: Any) -> None:
         kind = kinds.get(name, optax.GradientTransformation)
         if not isinstance(part, kind):
             hint = " Was it meant to be called first?" if callable(part) else ""
+            if isinstance(part, optax.MultiSteps):
+                hint = " Pass its `gradient_transformation()`."
             raise TypeError(f"{function}: `{name}` must be a {kind.__name__}, got {part!r}.{hint}")
 
 
@@ -209,6 +226,21 @@ def with_keywords(tx: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.with_extra_args_support(tx)
 
 
+def check_base(state: Any) -> None:
+    """Raise for a base, known by its state, that steps from other parameters than it is given."""
+    if find_states(state, optax.LookaheadState):
+        raise TypeError(
+            "sharpness_aware: `optax.lookahead` as `base` wants `optax.LookaheadParams`, a pair, "
+            "of which a loss sees `fast` alone. Take the gradient at `params.fast` with "
+            "`sharpness_aware_value_and_grad`, and hand it to `optax.lookahead`."
+        )
+    if find_states(state, optax.contrib.SAMState):
+        raise TypeError(
+            "sharpness_aware: `optax.contrib.sam` as `base` would take gradients of its own. Give "
+            "the optimizer inside it as `base`."
+        )
+
+
 def is_identity(tx: optax.GradientTransformation) -> bool:
     """Whether a transformation hands on what it is given, as `optax.identity` does."""
     leaf = object()
@@ -251,6 +283,15 @@ def origins(function: Callable, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
+def _freezes(base: Any, state: Any, params: Any) -> bool:
+    """Whether some of a base's updates do not depend on the gradient."""
+    try:
+        updates = origins(lambda updates: base.update(updates, state, params)[0], params)
+    except Exception:  # it needs keywords that only a step has, as a line search does
+        return False
+    return not all(x.follows for x in find_states(updates, Origin))
+
+
 def check_closed_base(base: Any, state: Any, params: Any) -> None:
     """Raise where a base would treat a decoupled term past it unlike the rest of its updates."""
     cure = (
@@ -266,12 +307,14 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         ),
         optax.contrib.ReduceLROnPlateauState: "`reduce_on_plateau` scales the base's rate",
         optax.ApplyIfFiniteState: "`optax.apply_if_finite` would hold back the rest alone",
+        optax.ConditionallyMaskState: "at some steps, `optax.conditionally_mask` moves nothing",
+        optax.ConditionallyTransformState: (
+            "at some steps, `optax.conditionally_transform` hands gradients on"
+        ),
     }
     reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
-    if find_states(state, optax.MaskedState):
-        updates = origins(lambda updates: base.update(updates, state, params)[0], params)
-        if not all(x.follows for x in find_states(updates, Origin)):
-            reasons.append("the base freezes some leaves")
+    if find_states(state, optax.MaskedState) and _freezes(base, state, params):
+        reasons.append("the base freezes some leaves")
     if reasons:
         raise ValueError(
             "sharpness_aware: with `learning_rate=` the decoupled term is subtracted past the "

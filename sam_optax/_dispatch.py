@@ -12,7 +12,7 @@ import jax.core
 import numpy as np
 import optax
 
-from sam_optax._checks import is_array
+from sam_optax._checks import check_alive, is_array
 from sam_optax._plan import checked_loss
 from sam_optax._step import StepMetrics, plan_for, two_gradients
 from sam_optax.combinator import SharpnessAware
@@ -149,7 +149,9 @@ def host_dispatched(
                 "host_dispatched: the step jits inside and decides on the host; call it outside of "
                 "jit, or use `two_gradient_step`."
             )
+        check_alive("host_dispatched", params=params, opt_state=opt_state)
         call = (structure, tuple(_TRACED if _is_traced(x) else x for x in leaves))
+        _check_static(call[1])
         traced = [x for x in leaves if _is_traced(x)]
         if policy.needs_gradient:
             first, ascend = begin(call, params, opt_state, traced)
@@ -161,6 +163,18 @@ def host_dispatched(
 
 
 _TRACED = object()
+
+
+def _check_static(leaves: tuple) -> None:
+    for x in leaves:
+        try:
+            hash(x)
+        except TypeError:
+            raise TypeError(
+                "host_dispatched: among the loss's arguments, what is no number and no array is "
+                f"static and must be hashable; got a {type(x).__name__}. Let the loss close over "
+                "it."
+            ) from None
 
 
 def _read(flag: jax.Array) -> bool:

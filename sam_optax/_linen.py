@@ -14,7 +14,7 @@ _OWN = ("step", "apply_fn", "params", "tx", "opt_state")
 _FORM = (
     "Let the loss return `(loss, updates)` with `has_aux=True`, where `out, updates = "
     'state.apply_fn({"params": params, "batch_stats": state.batch_stats}, x, '
-    'mutable=["batch_stats"])`; beside other output: `(loss, (out, updates))`'
+    'mutable=["batch_stats"])`, or, beside other output, `(loss, (out, updates))`'
 )
 
 
@@ -34,34 +34,39 @@ def _layout(tree: Any) -> dict[str, tuple]:
     }
 
 
-def _find(aux: Any, name: str, old: Any) -> Any:
+def _holds(tree: Any, dtype: Any) -> bool:
+    """Whether some array in a tree is of this kind."""
+    return any(
+        hasattr(x, "dtype") and jnp.issubdtype(x.dtype, dtype) for x in jax.tree.leaves(tree)
+    )
+
+
+def _find(aux: Any, name: str, old: Any, unnamed: bool) -> Any:
     """A collection in auxiliary output: under its name, or the one tree that looks like it."""
-    nodes = list(_nodes(aux))
+    nodes, layout = list(_nodes(aux)), _layout(old)
     named = [x[name] for x in nodes if isinstance(x, Mapping) and name in x]
-    if named:
-        new = named[0]
-    else:
-        layout = _layout(old)
-        alike = [x for x in nodes if _layout(x) == layout]
-        if len(alike) > 1:
-            raise ValueError(
-                f"linen_step: {len(alike)} trees in the auxiliary output look like "
-                f"`state.{name}`. {_FORM}."
-            )
-        if not alike:
-            return None
-        new = alike[0]
-    if _layout(new) != _layout(old):
+    found = named if named or not unnamed else [x for x in nodes if _layout(x) == layout]
+    if not found:
+        return None
+    if len(found) > 1:
+        how = "are called" if named else "look like"
+        raise ValueError(
+            f"linen_step: {len(found)} trees in the auxiliary output {how} `state.{name}`, and one "
+            f"alone can be the new one. {_FORM}."
+        )
+    if _layout(found[0]) != layout:
         raise ValueError(
             f"linen_step: the `{name}` in the auxiliary output must have the leaves of "
-            f"`state.{name}`, got {jax.tree.structure(new)} instead of {jax.tree.structure(old)}."
+            f"`state.{name}`, got {jax.tree.structure(found[0])} instead of "
+            f"{jax.tree.structure(old)}."
         )
     # In the state's own containers: a FrozenDict stays a FrozenDict.
-    return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
+    return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(found[0]))
 
 
 def collections_of(state: Any, frozen: Sequence[str]) -> Callable[[Any], tuple[Any, dict]]:
     """``aux -> (aux, collections)``: the new values of the state's mutable collections."""
+    frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     names = [field.name for field in dataclasses.fields(state) if field.name not in _OWN]
     unknown = [name for name in frozen if name not in names]
     if unknown:
@@ -69,17 +74,28 @@ def collections_of(state: Any, frozen: Sequence[str]) -> Callable[[Any], tuple[A
             f"linen_step: `frozen_collections` names `{unknown[0]}`, but the state has no such "
             "field."
         )
-    old = {name: getattr(state, name) for name in names if name not in frozen}
-    old = {k: v for k, v in old.items() if isinstance(v, Mapping) and jax.tree.leaves(v)}
+    every = {name: getattr(state, name) for name in names}
+    every = {k: v for k, v in every.items() if isinstance(v, Mapping) and _layout(v)}
+    # An average of the parameters, or of another collection, can be told by its name alone.
+    seen = [_layout(state.params)]
+    unnamed = set()
+    for name in sorted(every, key=lambda name: name != "batch_stats"):
+        if _layout(every[name]) not in seen:
+            unnamed.add(name)
+        seen.append(_layout(every[name]))
 
     def split(aux):
-        new = {name: _find(aux, name, value) for name, value in old.items()}
-        if "batch_stats" in new and new["batch_stats"] is None:
-            raise ValueError(
-                "linen_step: the state has `batch_stats`, but the loss's auxiliary output holds "
-                f"no new ones, so that they would stay at their start. {_FORM}. If they are meant "
-                'to stay as they are: `frozen_collections=("batch_stats",)`.'
-            )
+        new = {}
+        for name, old in every.items():
+            if name in frozen:
+                continue
+            new[name] = _find(aux, name, old, name in unnamed)
+            if new[name] is None and name in unnamed and _holds(old, jnp.floating):
+                raise ValueError(
+                    f"linen_step: the state has `{name}`, but the loss's auxiliary output holds "
+                    f"no new one, so that it would stay at its start. {_FORM}. If it is meant to "
+                    f'stay as it is: `frozen_collections=("{name}",)`.'
+                )
         return aux, {name: value for name, value in new.items() if value is not None}
 
     return split

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._axes import average, axis_names, tracked, vary
+from sam_optax._axes import average, axis_names, check_shard, tracked, vary
 from sam_optax._checks import (
     check_evaluation,
     check_like,
@@ -279,6 +279,7 @@ class Method(NamedTuple):
         def look(point):
             found = evaluate(vary(point, live))
             check_evaluation(found.value, found.gradient, params)
+            check_shard("sharpness_aware", found.value, params, axes)
             return found
 
         return look

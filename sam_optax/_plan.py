@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._axes import tracked, vary, varying
+from sam_optax._axes import check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
 from sam_optax._checks import check_number, origins
 from sam_optax._method import Method
@@ -206,7 +206,9 @@ class Plan(NamedTuple):
 
         def here(params, args, _):
             # Where the point varies, `jax.grad` does not sum over devices.
-            return clean(vary(params, tracked(self.axes)), *args)
+            found = clean(vary(params, tracked(self.axes)), *args)
+            check_shard(self.function, found.value, params, self.axes)
+            return found
 
         if self.num_groups == 1:
             return here(params, args, None)

@@ -11,7 +11,14 @@ import numpy as np
 import optax
 
 from sam_optax._axes import average
-from sam_optax._checks import find_states, with_keywords
+from sam_optax._checks import (
+    check_alive,
+    check_number,
+    check_params,
+    find_states,
+    is_array,
+    with_keywords,
+)
 from sam_optax._plan import At, Loss, Plan, differentiated
 from sam_optax._tree import accumulator, all_finite, select
 from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
@@ -114,12 +121,25 @@ def find_info(opt_state: Any) -> SharpnessInfo | None:
     return states[0].info if states else None
 
 
-def _check_state(function: str, opt_state: Any, params: Any) -> None:
+def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: bool) -> None:
     """Raise for states under which a step would be another algorithm, or none."""
     if find_states(opt_state, OneGradientState) and find_states(opt_state, SharpnessAwareState):
         raise ValueError(
             f"{function}: the optimizer holds a sharpness-aware and a one-gradient method, so that "
             "the parameters would be displaced twice. Use one of the two."
+        )
+    for node in find_states(opt_state, optax.ApplyIfFiniteState):
+        if find_states(node.inner_state, SharpnessAwareState) and not skip_nonfinite:
+            raise ValueError(
+                f"{function}: `optax.apply_if_finite` around a sharpness-aware optimizer looks at "
+                "the clean gradient alone; what is not finite in the perturbed one would reach the "
+                "parameters. Use `skip_nonfinite=True`, or put `optax.apply_if_finite` into the "
+                "`base`."
+            )
+    if find_states(opt_state, optax.contrib.SAMState):
+        raise TypeError(
+            f"{function}: `optax.contrib.sam` takes gradients of its own, and this step cannot "
+            "drive it. Use `sam_optax.sam`."
         )
     for node in find_states(opt_state, optax.MultiStepsState):
         if find_states(tuple(node), SharpnessAwareState):
@@ -135,6 +155,7 @@ def _check_state(function: str, opt_state: Any, params: Any) -> None:
             "sees `fast` alone. Take the gradient at `params.fast` with "
             "`sharpness_aware_value_and_grad`, and hand it to `optax.lookahead`."
         )
+    check_params(params, function)
 
 
 class Result(NamedTuple):
@@ -232,7 +253,8 @@ class Step(NamedTuple):
 
     def run(self, params: Any, opt_state: Any, args: tuple, ascend: Any = None) -> Result:
         """The whole step."""
-        _check_state(self.plan.function, opt_state, params)
+        check_alive(self.plan.function, params=params, opt_state=opt_state)
+        _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
         point = displaced_params(params, opt_state)
         return self.finish(params, opt_state, args, self.start(point, args), ascend)
 
@@ -248,7 +270,8 @@ class Step(NamedTuple):
     def _keywords(self, opt_state, params, args, loss, gradient) -> dict[str, Any]:
         """What line searches, step-size rules and Sophia ask for."""
 
-        def value_fn(params):
+        def value_fn(params, value_and_grad_fn=None):
+            # Of the keywords of a chain, a line search refuses those that this does not take.
             return average(self.clean(params, *args).value, self.plan.axes)
 
         found = {"value": loss, "grad": gradient, "value_fn": value_fn}
@@ -276,8 +299,8 @@ def two_gradients(
     extra_args: Mapping[str, Any] | None,
 ) -> Step:
     """A step that evaluates one loss at both points."""
-    if loss_scale is not None and not hasattr(loss_scale, "dtype"):
-        loss_scale = _number(plan.function, loss_scale)
+    if loss_scale is not None:
+        _check_scale(plan.function, loss_scale)
     evaluate = plan.accumulated(differentiated(loss, loss_scale))
     return Step(
         tx,
@@ -289,11 +312,12 @@ def two_gradients(
     )
 
 
-def _number(function: str, loss_scale: Any) -> float:
-    if isinstance(loss_scale, int | float):
-        return loss_scale
-    raise TypeError(
-        f"{function}: `loss_scale` must be a number, got {type(loss_scale).__name__}. Of Flax's "
-        "DynamicScale, pass `loss_scale=dynamic_scale.scale` with `skip_nonfinite=True`; or give "
-        "`dynamic_scale.value_and_grad` a loss from `sharpness_aware_loss`, and use no step."
-    )
+def _check_scale(function: str, loss_scale: Any) -> None:
+    if isinstance(loss_scale, str) or not (is_array(loss_scale) or np.isscalar(loss_scale)):
+        raise TypeError(
+            f"{function}: `loss_scale` must be a number, got {type(loss_scale).__name__}. Of "
+            "Flax's DynamicScale, pass `loss_scale=dynamic_scale.scale` with "
+            "`skip_nonfinite=True`; or give `dynamic_scale.value_and_grad` a loss from "
+            "`sharpness_aware_loss`, and use no step."
+        )
+    check_number(function, "loss_scale", loss_scale, open_low=True, schedule=False)

@@ -14,6 +14,7 @@ Everything but the base is a `Method`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ import optax
 
 from sam_optax._axes import tracked, varying
 from sam_optax._checks import (
+    check_base,
     check_closed_base,
     check_like,
     check_params,
@@ -34,7 +36,7 @@ from sam_optax._checks import (
     with_keywords,
 )
 from sam_optax._method import Evaluate, Method
-from sam_optax._tree import cast_like, scale, select, upcast
+from sam_optax._tree import cast_like, prune, scale, select, upcast
 from sam_optax._types import (
     Estimate,
     Evaluation,
@@ -113,6 +115,8 @@ def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
             )
         if decoupled is None:
             return updates, state
+        with contextlib.suppress(ValueError):  # another tree: the next line says where
+            decoupled = prune(decoupled, updates)  # within `optax.masked` or a group of leaves
         check_like(decoupled, updates, "add_decoupled_term", "decoupled")
         total = jax.tree.map(lambda u, term: upcast(u) + upcast(term), updates, decoupled)
         return cast_like(total, updates), state
@@ -191,6 +195,7 @@ class Combinator(NamedTuple):
                 "parameters itself, so that they would be displaced twice. Give the base optimizer "
                 "alone; or compose `one_gradient(base, perturbation)`, without `sharpness_aware`."
             )
+        check_base(base)
         if self.learning_rate is not None:
             check_closed_base(self.base, base, params)
         if _accumulation(base) is not None:
@@ -245,9 +250,13 @@ class Combinator(NamedTuple):
     ) -> tuple[Any, SharpnessAwareState]:
         """`descend`, with the term averaged over the micro-batches as the gradient is."""
         count = _accumulation(state.base).mini_step
+        steps = getattr(self.base.update, "__self__", None)
+        summed = not getattr(steps, "_use_grad_mean", True)  # where Optax's gradients are
 
         def add(mean, term):
             mean = jnp.where(count == 0, 0, mean)
+            if summed:
+                return mean + upcast(term)
             return mean + (upcast(term) - mean) / (count + 1).astype(mean.dtype)
 
         mean = jax.tree.map(add, state.mean, found.decoupled)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
+from sam_optax._checks import check_alive, check_params
 from sam_optax._method import Method
 from sam_optax._nnx import functional, import_nnx
 from sam_optax._plan import Plan, checked_loss, differentiated, method_of
@@ -31,6 +32,8 @@ class SharpnessAwareGradient(NamedTuple):
 
 
 def _estimate(plan: Plan, loss: Callable, params: Params, state: Any, args: tuple, extra: Any):
+    check_alive(plan.function, params=params, state=state)
+    check_params(params, plan.function)
     evaluate = plan.accumulated(differentiated(loss))
     return plan.estimate(
         evaluate,

@@ -7,7 +7,8 @@ which schedules are evaluated, the keyword ``grad_fn=`` for those that climb in 
 every extra keyword of its own ``update``. Used by themselves they keep the gradient's dtype, and
 ``step`` is 0 where it is not given.
 
-A part with a running state sees the clean gradient of every step, ascended or not. A norm whose
+A part with a running state sees the clean gradient of every step, ascended or not; an average keeps
+its value where the gradient is not finite, and the displacement shows it. A norm whose
 square leaves float32 (below 1.1e-19 or above 1.8e19) makes a displacement 0, never a NaN.
 
 Hyperparameters are numbers or schedules. Out of range, wherever their value is known, they raise a
@@ -278,7 +279,9 @@ def _moving_average(
 ) -> optax.GradientTransformationExtraArgs:
     """``displace(g, old, new, step)``, where new = (1 - weight) old + weight g.
 
-    The first average is ``weight * g`` with ``zero_start``, else g itself.
+    The first average is ``weight * g`` with ``zero_start``, else g itself. Where an element of the
+    gradient is not finite, its average stays as it was: one overflow does not decide the rest of
+    the run.
     """
 
     def init(params):
@@ -294,7 +297,9 @@ def _moving_average(
 
         ema = cast_like(jax.tree.map(move, state.ema, g), state.ema)
         eps = displace(g, state.ema, ema, step)
-        return cast_like(eps, updates), EmaState(ema, jnp.ones_like(state.started))
+        # By element: a flag for all of them would keep every gradient until the last is there.
+        kept = jax.tree.map(lambda x, m, old: jnp.where(jnp.isfinite(x), m, old), g, ema, state.ema)
+        return cast_like(eps, updates), EmaState(kept, jnp.ones_like(state.started))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

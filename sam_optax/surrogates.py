@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import hyperparameter, is_array
-from sam_optax._tree import cast_like, divide, norm, reject, scale, upcast
+from sam_optax._tree import cast_like, divide, norm, reject, scale, select, upcast
 from sam_optax._types import Direction, ScalarOrSchedule, SurrogateRule
 
 
@@ -279,7 +279,9 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         size = norm(orthogonal)
         noise = 8 * jnp.finfo(size.dtype).eps * norm(gp)
         unit = scale(divide(1, jnp.where(size > noise, size, 0)), orthogonal)
-        return Direction(cast_like(gp, g)), ReuseState(cast_like(unit, state.orthogonal))
+        moved = ReuseState(cast_like(unit, state.orthogonal))
+        # One gradient that is not finite does not decide the steps up to the next ascent.
+        return Direction(cast_like(gp, g)), select(jnp.isfinite(size), moved, state)
 
     def stale(g, step, state):
         size = norm(g)

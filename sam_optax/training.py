@@ -201,12 +201,13 @@ def linen_step(
         if the state has that field: running statistics move once per step, by the clean pass. They
         are found in ``aux`` wherever they are, under their name, as in the second output of
         ``apply(..., mutable=["batch_stats"])``, or as the one tree that looks like the field; other
-        mutable collections among the state's fields likewise. Jit it, or the function that calls
-        it.
+        dictionaries among the state's fields likewise. One that looks like ``params`` (an average
+        of them) or like ``batch_stats`` is found by its name alone, and may be missing; so may one
+        without floats. Jit the step, or the function that calls it.
 
     Raises:
-        ValueError, TypeError: as `two_gradient_step`; no new ``batch_stats`` for a state that has
-            some, or a ``dynamic_scale`` that the step would leave out.
+        ValueError, TypeError: as `two_gradient_step`; no new value of a mutable collection that the
+            state has, or two; a ``dynamic_scale`` that the step would leave out.
 
     Cost: that of ``state.tx``.
 

@@ -849,10 +849,9 @@ def proportional_rho(
         step behind the learning rate.
     """
     rate = hyperparameter("proportional_rho", "learning_rate", learning_rate, low=-math.inf)
-    check_number("proportional_rho", "lr_min", lr_min)
-    check_number("proportional_rho", "lr_max", lr_max, low=lr_min)
-    check_number("proportional_rho", "rho_min", rho_min)
-    check_number("proportional_rho", "rho_max", rho_max, low=rho_min)
+    for name, low, high in (("lr", lr_min, lr_max), ("rho", rho_min, rho_max)):
+        check_number("proportional_rho", f"{name}_min", low, schedule=False)
+        check_number("proportional_rho", f"{name}_max", high, low=low, schedule=False)
     if lr_max == lr_min:
         return optax.constant_schedule(rho_max)
 

@@ -324,11 +324,8 @@ def test_injected_rho(row):
 
 def real_hyperparameters(method):
     """What is documented as a number or a schedule."""
-    return [
-        name
-        for name, kind in typing.get_type_hints(method).items()
-        if kind in (ScalarOrSchedule, ScalarOrSchedule | None)
-    ]
+    hints = typing.get_type_hints(method)
+    return [k for k, v in hints.items() if v in (ScalarOrSchedule, ScalarOrSchedule | None)]
 
 
 # Whether to ascend; they move far enough for the decision to move with them.
