@@ -347,9 +347,7 @@ def test_schedules_are_evaluated_at_the_step(name):
     }
     arguments = set(real_hyperparameters(method))
     assert arguments
-    together = [
-        group for group in (arguments - DECIDING.keys(), arguments & DECIDING.keys()) if group
-    ]
+    groups = (arguments - DECIDING.keys(), arguments & DECIDING.keys())
 
     @jax.jit
     def run():
