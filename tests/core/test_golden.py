@@ -20,6 +20,7 @@ import pytest
 import sam_optax
 from sam_optax import perturbations, policies, surrogates
 from tests.oracles import problems, references
+from tests.oracles.rows import untyped
 
 pytestmark = pytest.mark.usefixtures("float64")
 FILES = {
@@ -205,7 +206,7 @@ def library_random_weight_perturbation(run: Run):
     part = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     tx = sam_optax.one_gradient(run.base, part)
     return optax.GradientTransformationExtraArgs(
-        lambda params: tx.init(params)._replace(displacement=at(0)), tx.update
+        lambda params: untyped(tx.init(params))._replace(displacement=at(0)), tx.update
     )
 
 

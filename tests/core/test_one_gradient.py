@@ -138,7 +138,7 @@ def noise_by_hand(known: Facts, shapes):
     def part(g, w, t, m):
         ones = [np.ones(shape, np.float64) for shape in shapes]
         drawn = gaussian_noise(KEY, 1.0, rows=False).update(ones, optax.EmptyState(), step=t + 1)[0]
-        return references.row_noise(shapes, 0.2, {t: flat(drawn)})(w, t), m
+        return references.row_noise(shapes, 0.2, [flat(drawn)])(w, 0), m
 
     return part
 
@@ -252,10 +252,10 @@ def test_named_methods(in_place, float64):
     draws[0] *= 0  # the first step is not displaced
     shapes = [x.shape for x in jax.tree.leaves(given.params)]
     noise = references.row_noise(shapes, 0.2, draws)
-    found = {
+    found: dict[str, tuple[Any, Any]] = {
         "single": (
             single_step_sam(SGD, RHO, in_place=in_place),
-            lambda *x: references.one_gradient(*x, references.ball(RHO)),
+            lambda w, grads, base: references.one_gradient(w, grads, base, references.ball(RHO)),
         ),
         "momentum": (
             momentum_sam(SGD, rising, 0.8, in_place=in_place),
@@ -330,7 +330,8 @@ def test_clean_parameters_are_exact_after_ten_thousand_steps():
 
 
 def test_rho_zero_is_the_base_bit_for_bit():
-    given = linear(problem())
+    given = linear(problem())  # long steps: the difference of two points is rounded, too
+    given = given._replace(batches=jax.tree.map(lambda x: 40 * x, given.batches))
     zeros = (
         functools.partial(single_step_sam, rho=0.0),
         functools.partial(momentum_sam, rho=0.0),
@@ -363,7 +364,9 @@ def test_a_schedule_starts_and_stops_it(in_place):
     """The radius at step t, counted from 0, is that of evaluation t."""
     given = problem()
     tx = single_step_sam(
-        SGD, lambda t: jnp.where((t >= 2) & (t < 4), 0.1 * t, 0.0), in_place=in_place
+        SGD,
+        lambda t: jnp.where((untyped(t) >= 2) & (untyped(t) < 4), 0.1 * t, 0.0),
+        in_place=in_place,
     )
     found = jax.jit(lambda: walk(tx, given)[1])()
     gap = jax.tree.map(jnp.subtract, found.displaced, found.clean)
@@ -388,7 +391,7 @@ def test_zero_gradient_and_first_step(in_place):
 def test_short_dtypes(dtype, in_place):
     """Clean parameters are the base's, in their dtype; the displaced point is near w + eps."""
     given = problem(dtype, steps=3)
-    perturbation = optax.chain(steepest_ascent(RHO), stochastic_rounding(KEY))
+    perturbation = optax.chain(optax.trace(0.5), steepest_ascent(RHO), stochastic_rounding(KEY))
     tx = one_gradient(SGD, perturbation, in_place=in_place)
     with jax.disable_jit():
         (params, state), found = walk(tx, given)
@@ -484,7 +487,7 @@ def test_inject_hyperparams_behind_clipping(in_place):
     @jax.jit
     def run():
         params, state = start(injected, given)
-        state[1].hyperparams["rho"] = jnp.float32(0.2)
+        untyped(state)[1].hyperparams["rho"] = jnp.float32(0.2)
         one = jax.lax.scan(step(injected, given), (params, state), given.batches)[1]
         return one, walk(base, given)[1]
 
@@ -563,7 +566,7 @@ def test_orbax(tmp_path):
     """Resumed from a checkpoint into a fresh state: bit for bit the run without interruption."""
     given = problem()
     txs = {
-        f"{f.__name__}{way}": f(optax.adam(0.05), *args, in_place=way)
+        f"{f.__name__}{way}": f(optax.adam(0.05), *untyped(args), in_place=way)
         for f, args in ((momentum_sam, ()), (random_weight_perturbation, (KEY, 0.1)))
         for way in (False, True)
     }
@@ -698,7 +701,7 @@ def test_two_gradient_step(in_place):
         ("injected", {}),
     ):
         tx = wrapped(in_place, around)
-        step = jax.jit(two_gradient_step(counted, tx, **options))
+        step = jax.jit(two_gradient_step(counted, tx, **untyped(options)))
         held, state = params, tx.init(params)
         for t in range(3):
             calls.clear()
@@ -887,10 +890,10 @@ def test_public_noise_has_the_size_that_we_read():
 
 def test_random_parts_with_one_key_draw_differently():
     ones = jnp.ones(1000, jnp.bfloat16)
-    kept = random_mask(KEY, 0.5).update(ones, optax.EmptyState(), step=1)[0] > 0
+    kept = untyped(random_mask(KEY, 0.5).update(ones, optax.EmptyState(), step=1)[0]) > 0
     tiny = jnp.full(1000, 1 / 256, jnp.float32)
-    up = stochastic_rounding(KEY).update(tiny, optax.EmptyState(), ones, step=1)[0] > 0
-    noise = gaussian_noise(KEY, 1.0, False).update(ones, optax.EmptyState(), step=1)[0] > 0
+    up = untyped(stochastic_rounding(KEY).update(tiny, optax.EmptyState(), ones, step=1)[0]) > 0
+    noise = untyped(gaussian_noise(KEY, 1.0, False).update(ones, optax.EmptyState(), step=1)[0]) > 0
     for one, other in itertools.combinations((kept, up, noise), 2):
         assert 0.4 < jnp.mean(one == other) < 0.6
 
