@@ -80,7 +80,9 @@ AROUND: dict[str, tuple[Callable, Callable]] = {
         lambda u: u | {"b": 0.0},
     ),
     "partition, two rates": (
-        lambda: optax.partition({"one": chain(), "ten": chain(10 * RATE)}, {"a": "one", "b": "ten"}),
+        lambda: optax.partition(
+            {"one": chain(), "ten": chain(10 * RATE)}, {"a": "one", "b": "ten"}
+        ),
         lambda u: u | {"b": 10 * u["b"]},
     ),
     "inject_hyperparams, rate 0": (
@@ -201,9 +203,7 @@ REFUSED = {
         {"one": optax.sgd(RATE), "ten": optax.sgd(1.0)}, {"a": "one", "b": "ten"}
     ),
     "inject_hyperparams": lambda: untyped(optax.inject_hyperparams(optax.sgd))(RATE),
-    "reduce_on_plateau": lambda: optax.chain(
-        optax.sgd(RATE), optax.contrib.reduce_on_plateau()
-    ),
+    "reduce_on_plateau": lambda: optax.chain(optax.sgd(RATE), optax.contrib.reduce_on_plateau()),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(RATE), 3),
     "conditionally_mask": lambda: optax.conditionally_mask(
         optax.sgd(RATE), lambda step, **_: step > 2
@@ -281,6 +281,4 @@ def test_a_term_of_another_tree():
         tx.update(w, tx.init(w), w, decoupled={"a": w["a"]})
     with pytest.raises(ValueError, match=r"\['a'\]` it has \(1, 2\) instead of \(2,\)"):
         tx.update(w, tx.init(w), w, decoupled={"a": w["a"][None], "b": w["b"]})
-    np.testing.assert_array_equal(
-        tx.update(w, tx.init(w), w, decoupled=w)[0]["a"], 2 * w["a"]
-    )
+    np.testing.assert_array_equal(tx.update(w, tx.init(w), w, decoupled=w)[0]["a"], 2 * w["a"])

@@ -83,9 +83,7 @@ def test_statistics_are_found(idiom):
         new, metrics = run(plain, IDIOMS[idiom], **options)
         cuts = {"num_groups": [X[:4], X[4:]], "num_microbatches": [X[::2], X[1::2]]}
         parts = next((cuts[k] for k in options), [X])
-        wanted = {
-            k: np.mean([moved(x)["norm"][k] for x in parts], axis=0) for k in ("mean", "var")
-        }
+        wanted = {k: np.mean([moved(x)["norm"][k] for x in parts], axis=0) for k in ("mean", "var")}
         assert_close(new.batch_stats, {"norm": wanted}, rtol=1e-5, atol=1e-6)
         assert metrics.aux is not None
     again, _ = run(frozen, IDIOMS[idiom], **PARTS[-1])
@@ -113,9 +111,7 @@ def test_statistics_that_are_missing(field, returned, has_aux):
 
 
 def test_frozen_collections_stay_though_there_are_new_ones():
-    new, _ = run(
-        make(batch_stats=stats()), IDIOMS["updates"], frozen_collections=("batch_stats",)
-    )
+    new, _ = run(make(batch_stats=stats()), IDIOMS["updates"], frozen_collections=("batch_stats",))
     assert_same(new.batch_stats, stats())
     with pytest.raises(ValueError, match="`frozen_collections` names `other`"):
         run(make(), IDIOMS["updates"], frozen_collections=("other",))
