@@ -290,7 +290,9 @@ def nnx_step(
     Returns:
         `StepMetrics`. The model's parameters, the optimizer's state and its step count are new; so
         are all other variables, as the clean pass left them: running statistics and key counts move
-        once per step. Call it within ``nnx.jit``.
+        once per step. With groups or micro-batches, floats among them are averaged over the parts,
+        and the rest is the first part's: of a metric, the mean is right, and the count one part's.
+        Call it within ``nnx.jit``.
 
     Raises:
         ImportError: Flax is not installed.

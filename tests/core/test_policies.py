@@ -1,11 +1,17 @@
 """What policies promise beyond their decisions on ordinary gradients."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sam_optax import policies
+from sam_optax import ae_sam, policies, sharpness_aware_value_and_grad
+from sam_optax._types import SharpnessAwareState
+from sam_optax.training import host_dispatched, two_gradient_step
 
 
 def decide(policy, norms):
@@ -39,3 +45,39 @@ def test_a_policy_that_waits_keeps_its_statistics():
     waiting, free = (decide(p, norms) for p in (policies.from_step(3, alone), alone))
     assert [s for _, s in waiting] == [s for _, s in free]
     assert [a for a, _ in waiting] == [False] * 3 + [a for a, _ in free[3:]]
+
+
+@pytest.mark.parametrize("mask", [{"a": True, "b": False}, lambda w: {"a": True, "b": False}])
+@pytest.mark.parametrize("form", ["update", "value_and_grad", "two_gradient_step", "dispatched"])
+def test_a_policy_sees_the_perturbed_leaves_alone(form, mask):
+    """The frozen leaf's gradient grows by orders of magnitude, and decides nothing."""
+    w: Any = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1.0)}
+
+    def loss(w, x, y):
+        return jnp.mean(x) * jnp.sum(w["a"] ** 2) / 2 + jnp.mean(y) * w["b"]
+
+    def walk(sizes, masked):
+        tx = ae_sam(optax.set_to_zero(), 4, 0.1, decay=0.5, mask=mask if masked else None)
+        state, seen = tx.init(w), []
+        sharp = sharpness_aware_value_and_grad(loss, tx)
+        steps = {"two_gradient_step": two_gradient_step, "dispatched": host_dispatched}
+        step = steps.get(form, two_gradient_step)(loss, tx)
+        for i, size in enumerate(sizes):
+            x, y = jnp.full(2, 1.0 + (i % 2)), jnp.full(2, size)
+            if form == "update":
+                grad_fn = functools.partial(jax.grad(loss), x=x, y=y)
+                _, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+            elif form == "value_and_grad":
+                state = state.method if isinstance(state, SharpnessAwareState) else state
+                _, state = sharp.value_and_grad(w, state, x, y)
+            else:
+                _, state, _ = step(w, state, x, y)
+            seen.append((bool(state.info.ascended), float(state.policy.mean)))
+        return seen
+
+    loud, quiet = [0.0, 1e3, 0.0, 30.0, 1e-3], [0.0] * 5
+    wanted = walk(quiet, masked=True)
+    assert walk(loud, masked=True) == wanted
+    assert {ascended for ascended, _ in wanted} == {True, False}
+    if form == "update":
+        assert walk(loud, masked=False) != wanted

@@ -1,5 +1,7 @@
 """`host_dispatched`: the numbers of `two_gradient_step`, decided on the host."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from sam_optax import perturbations, policies, sharpness_aware, surrogates
+from sam_optax import ae_sam, perturbations, policies, sharpness_aware, surrogates
+from sam_optax._types import Policy
 from sam_optax.training import host_dispatched, two_gradient_step
 from tests.oracles.problems import one_batch
 from tests.oracles.problems import squared_error as loss_fn
@@ -166,3 +169,154 @@ def test_keywords_scale_and_aux_pass_through():
         params, tx.init(params), x, y=y, weight=2.0, loss_scale=8.0
     )
     assert_close(got, wanted)
+
+
+# --- Nothing is kept between calls ----------------------------------------------------------------
+
+
+def counting() -> Policy:
+    """A user's own, which decides from its own count, not from the step."""
+    return Policy(
+        lambda params: jnp.ones((), jnp.int32),
+        lambda g, step, state: (state % 3 == 0, state + 1),
+        needs_gradient=False,
+    )
+
+
+def walk(step, params, state, seed, steps=8):
+    """Decisions, and where it ends, on batches of very different sizes."""
+    rng, seen = np.random.default_rng(seed), []
+    for _ in range(steps):
+        batch = (rng.uniform(0.1, 4) * rng.normal(size=(16, 3)), rng.normal(size=(16, 2)))
+        params, state, metrics = step(params, state, *batch)
+        seen.append(bool(metrics.ascended))
+    return seen, params
+
+
+OWN: dict[str, Any] = {
+    "ae_sam": ae_sam(optax.sgd(0.05), 8, rho=0.1),
+    "every": optimizer(policies.every(3)),
+    "counting": optimizer(counting()),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_from_many_threads(name):
+    """One step function, a state per thread: every decision is its own state's."""
+    params, *_ = one_batch()
+    tx = OWN[name]
+    step, reference = host_dispatched(loss_fn, tx), jax.jit(two_gradient_step(loss_fn, tx))
+    states = [tx.init(params)._replace(step=jnp.asarray(i, jnp.int32)) for i in range(6)]
+    if name == "counting":
+        states = [s._replace(policy=s.policy + i) for i, s in enumerate(states)]
+    wanted = [walk(reference, params, s, i) for i, s in enumerate(states)]
+    with ThreadPoolExecutor(6) as pool:
+
+        def run(i):
+            with jax.enable_x64(True):  # a thread's own switch
+                return walk(step, params, states[i], i)
+
+        got = list(pool.map(run, range(6)))
+    assert [seen for seen, _ in got] == [seen for seen, _ in wanted]
+    assert len({tuple(seen) for seen, _ in got}) > 1
+    for (_, a), (_, b) in zip(got, wanted, strict=True):
+        assert_close(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_two_states_in_turn_and_a_checkpoint_loaded_backwards(name):
+    params, *batch = one_batch()
+    tx = OWN[name]
+    step, reference = host_dispatched(loss_fn, tx), jax.jit(two_gradient_step(loss_fn, tx))
+    early: Any = (params, tx.init(params))
+    late = early
+    for _ in range(4):
+        *late, _ = reference(*late, *batch)
+    for pair in (early, late, early, late, early):
+        for _ in range(2):
+            *got, metrics = step(*pair, *batch)
+            *pair, expected = reference(*pair, *batch)
+            assert_close((*got, metrics), (*pair, expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["every", "counting"])
+def test_near_the_last_step(name):
+    """A count that cannot grow any more decides as it does under jit."""
+    params, *batch = one_batch()
+    tx = OWN[name]
+    step, reference = host_dispatched(loss_fn, tx), jax.jit(two_gradient_step(loss_fn, tx))
+    last = jnp.asarray(np.iinfo(np.int32).max - 2, jnp.int32)
+    got: Any = (params, tx.init(params)._replace(step=last))
+    wanted = got
+    for _ in range(5):
+        *got, metrics = step(*got, *batch)
+        *wanted, expected = reference(*wanted, *batch)
+        assert metrics.ascended == expected.ascended
+        assert got[1].step == wanted[1].step
+    assert got[1].step == np.iinfo(np.int32).max
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+def test_bools_strings_and_functions_are_static():
+    """And numbers are not: a new one compiles nothing."""
+    params, *batch = one_batch()
+    tx, traces = OWN["every"], []
+
+    def loss(params, x, y, train=True, kind="mean", after=None, weight=1.0):
+        traces.append(kind)
+        value = loss_fn(params, x, y)
+        value = weight * (value if train else 2 * value)
+        value = value if kind == "mean" else 16 * value
+        return value if after is None else after(value)
+
+    step = host_dispatched(loss, tx)
+    run = functools.partial(step, params, tx.init(params), *batch)
+    plain = loss_fn(params, *batch)
+    for keywords, wanted in (
+        ({"train": True}, plain),
+        ({"train": False}, 2 * plain),
+        ({"kind": "sum"}, 16 * plain),
+        ({"after": jnp.sqrt}, plain**0.5),
+        ({"weight": 2}, 2 * plain),
+        ({"weight": 2.0}, 2 * plain),
+    ):
+        np.testing.assert_allclose(run(**keywords)[2].loss, wanted)
+    before = len(traces)
+    run(weight=3.0)
+    assert len(traces) == before
+
+
+def test_what_cannot_be_static():
+    params, *batch = one_batch()
+    step = host_dispatched(lambda params, x, y, tags: loss_fn(params, x, y), OWN["every"])
+    with pytest.raises(TypeError, match=r"host_dispatched: .*hashable; got a set.*close over"):
+        step(params, OWN["every"].init(params), *batch, tags={1})
+
+
+@pytest.mark.parametrize("name", ["every", "ae_sam"])
+def test_on_device_arrays_nothing_is_transferred_unasked(name):
+    params, *batch = one_batch()
+    tx = OWN[name]
+    step = host_dispatched(loss_fn, tx)
+    given = jax.device_put((params, tx.init(params), *batch))
+    step(*given)
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            given = (*step(*given)[:2], *given[2:])
+
+
+def test_what_was_given_away_cannot_be_used_again():
+    params, *batch = one_batch()
+    tx = OWN["every"]
+    step = host_dispatched(loss_fn, tx, donate=True)
+    mine, state = jax.tree.map(jnp.copy, params), tx.init(params)
+    new, after, _ = step(mine, state, *batch)
+    with pytest.raises(ValueError, match=r"host_dispatched: `params\['hidden'\].*was donated"):
+        step(mine, after, *batch)
+    with pytest.raises(ValueError, match=r"host_dispatched: `opt_state\..*was donated"):
+        step(new, state, *batch)
+    with pytest.raises(ValueError, match=r"two_gradient_step: `params\['hidden'\].*was donated"):
+        two_gradient_step(loss_fn, tx)(mine, after, *batch)
+    step(new, after, *batch)

@@ -1,0 +1,92 @@
+"""Auxiliary output of a batch that is cut: what the whole batch gives, or what the caller says."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sam_optax import sam, sharpness_aware_value_and_grad
+from sam_optax.training import two_gradient_step
+
+CLASSES = 3
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32)
+Y = jnp.asarray(RNG.integers(CLASSES, size=16))
+W = jnp.asarray(RNG.normal(size=(4, CLASSES)), jnp.float32)
+TX = sam(optax.sgd(0.1))
+CUTS: list[dict[str, Any]] = [
+    {"num_groups": 4},
+    {"num_microbatches": 4},
+    {"num_groups": 2, "num_microbatches": 4},
+]
+
+
+def counts(w, x, y):
+    logits = x @ w
+    guess = jnp.argmax(logits, axis=-1)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return {
+        "correct": jnp.sum(guess == y),
+        "confusion": jnp.zeros((CLASSES, CLASSES), jnp.int32).at[y, guess].add(1),
+        "short": jnp.sum(guess == y, dtype=jnp.int8),
+        "accuracy": jnp.mean(guess == y),
+        "loss": loss,
+        "bad": jnp.any(y == 2),
+        "logits": logits,
+    }
+
+
+def loss_fn(w, x, y, **_):
+    aux = counts(w, x, y)
+    return jnp.mean(aux["loss"]), aux
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_counts_are_those_of_the_whole_batch(options):
+    wanted = counts(W, X, Y)
+    step = jax.jit(two_gradient_step(loss_fn, TX, has_aux=True, **options))
+    sharp = sharpness_aware_value_and_grad(loss_fn, TX, has_aux=True, **options)
+    for aux in (
+        step(W, TX.init(W), X, Y)[2].aux,
+        jax.jit(sharp.value_and_grad)(W, sharp.init(W), X, Y)[0].aux,
+    ):
+        for name, value in wanted.items():
+            assert aux[name].dtype == value.dtype, name
+            np.testing.assert_allclose(aux[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_what_the_caller_says(options):
+    """`aux_reduce` sees every part's output, over groups and micro-batches, and decides."""
+
+    def loss(w, x, y):
+        return loss_fn(w, x, y)[0], {"top": jnp.max(x), "sizes": jnp.asarray(len(x))}
+
+    def reduce(stacked):
+        return {"top": jnp.max(stacked["top"]), "sizes": stacked["sizes"]}
+
+    step = two_gradient_step(loss, TX, has_aux=True, aux_reduce=reduce, **options)
+    aux = jax.jit(step)(W, TX.init(W), X, Y)[2].aux
+    assert aux["top"] == jnp.max(X)
+    assert jnp.sum(aux["sizes"]) == len(X)
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_batches_by_keyword(options):
+    """Only positional arguments are cut: a keyword with the batch's axis is refused by name."""
+    state = TX.init(W)
+    step = two_gradient_step(loss_fn, TX, has_aux=True, **options)
+    for bad in ({"weights": jnp.ones(16)}, {"extra": {"weights": np.ones((16, 2))}}):
+        with pytest.raises(ValueError, match=r"two_gradient_step: .*weights.*by position.*argnums"):
+            step(W, state, X, Y, **bad)
+    with pytest.raises(ValueError, match=r"two_gradient_step: the batch arguments must share"):
+        step(W, state, x=X, y=Y)
+    # It may be that it belongs to no example: then the batch is named.
+    named = two_gradient_step(loss_fn, TX, has_aux=True, batch_argnums=(0, 1), **options)
+    jax.eval_shape(named, W, state, X, Y, weights=jnp.ones(16))
+    jax.eval_shape(step, W, state, X, Y, weights=jnp.ones(3))
+    # Whole, nothing is cut.
+    jax.eval_shape(two_gradient_step(loss_fn, TX, has_aux=True), W, state, x=X, y=Y)
