@@ -75,8 +75,8 @@ def sharpness_aware_value_and_grad(
         **kwargs)`` returns an `Estimate` and the new state, which belongs into the checkpoint
         beside the optimizer's. ``extra_args`` is a dictionary of keywords for the perturbation,
         such as ``direction``. The optimizer after it must not be a one-gradient one
-        (`one_gradient`): its parameters are displaced already. On a step that does not ascend, `sharpness_aware` says what happens
-        to the state.
+        (`one_gradient`): its parameters are displaced already. On a step that does not ascend,
+        `sharpness_aware` says what happens to the state.
 
     Cost: as `sharpness_aware`.
 
