@@ -37,7 +37,15 @@ from sam_optax.perturbations import (
     steepest_ascent,
     stochastic_rounding,
 )
-from sam_optax.training import StepMetrics, linen_step, nnx_step, two_gradient_step
+from sam_optax.training import (
+    StepMetrics,
+    esam_step,
+    ksam_step,
+    linen_step,
+    nnx_step,
+    two_gradient_step,
+)
+from tests import repository
 from tests.oracles import problems, references
 from tests.oracles.problems import one_batch, quartic, squared_error
 from tests.oracles.rows import KEY, ROWS, Facts, facts, untyped
@@ -716,6 +724,31 @@ def test_two_gradient_step(in_place):
 
 
 @both_ways
+def test_steps_that_select_examples(in_place):
+    """Where they keep all of them, they are the other step, at the displaced point."""
+    params, x, y = jax.tree.map(jnp.float32, one_batch())
+    tx = wrapped(in_place, "itself")
+
+    def losses(params, x, y):
+        return jax.vmap(lambda x, y: squared_error(params, x[None], y[None]))(x, y)
+
+    @jax.jit
+    def run():
+        return [
+            problems.train(step, params, tx.init(params), x, y)
+            for step in (
+                two_gradient_step(squared_error, tx),
+                esam_step(losses, tx, gamma=1.0),
+                ksam_step(losses, tx, gamma=1.0),
+            )
+        ]
+
+    wanted, *others = (found[:2] for found in run())
+    for found in others:
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@both_ways
 def test_a_step_skips_what_is_not_finite(in_place):
     params, x, y = jax.tree.map(jnp.float32, one_batch())
     tx = wrapped(in_place, "itself")
@@ -770,6 +803,19 @@ class Nnx(nnx.Module):
 
 class State(TrainState):
     batch_stats: Any = None
+
+
+@both_ways
+@pytest.mark.parametrize("name", repository.ONE_GRADIENT)
+def test_what_is_stored(name, in_place):
+    """As the README says, in copies of the parameters."""
+    words = {"one copy": 1, "one copy of the parameters": 1, "two copies": 2}
+    args = (KEY,) if name == "random_weight_perturbation" else ()
+    params = {"kernel": jnp.ones((50, 20), jnp.bfloat16), "bias": jnp.ones(20)}
+    state = jax.eval_shape(getattr(sam_optax, name)(SGD, *args, in_place=in_place).init, params)
+    kept = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(base=())) if x.ndim]
+    copies = words[repository.ONE_GRADIENT[name]["Stored"]]
+    assert sum(kept) == copies * sum(x.nbytes for x in jax.tree.leaves(params))
 
 
 @both_ways
