@@ -58,8 +58,8 @@ def step(tx: Any, loss: Any, w: Any, state: Any, **keywords: Any) -> Any:
     return tx.update(grads, state, w, value_and_grad_fn=value_and_grad_fn, **keywords)
 
 
-# How near to the minima: both losses start at 4 or more. Friendly ASAM's default radius is 1, as large
-# as the parabola; LookSAM's reused direction is four steps old, in a valley that bends.
+# How near to the minima: both losses start at 4 or more. Friendly ASAM's default radius is 1, as
+# large as the parabola; LookSAM's reused direction is four steps old, in a valley that bends.
 NEAR = {"friendly_asam": (0.5, 1.0), "friendly_sam": (0.01, 1.0), "look_sam": (1e-3, np.inf)}
 
 
