@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sam_optax.training import two_gradient_step
 from tests.core.test_contract import real_hyperparameters
 from tests.oracles.rows import METHODS, untyped
-from tests.oracles.trees import assert_close, assert_same, spec
+from tests.oracles.trees import assert_close, spec
 
 every_method = pytest.mark.parametrize("name", METHODS)
 STEPS = 300
@@ -58,8 +58,8 @@ def step(tx: Any, loss: Any, w: Any, state: Any, **keywords: Any) -> Any:
     return tx.update(grads, state, w, value_and_grad_fn=value_and_grad_fn, **keywords)
 
 
-# How near to the minima: both losses start at 4 or more. Friendly ASAM's default radius is 1, as large
-# as the parabola; LookSAM's reused direction is four steps old, in a valley that bends.
+# How near to the minima: both losses start at 4 or more. Friendly ASAM's default radius is 1, as
+# large as the parabola; LookSAM's reused direction is four steps old, in a valley that bends.
 NEAR = {"friendly_asam": (0.5, 1.0), "friendly_sam": (0.01, 1.0), "look_sam": (1e-3, np.inf)}
 
 
@@ -91,13 +91,15 @@ def test_it_reaches_its_targets(name):
 @every_method
 def test_unknown_keywords_are_accepted_and_ignored(name):
     tx, w = build(name), tree()
-    state = tx.init(w)
-    plain = step(tx, parabola, w, state)
-    assert_same(step(tx, parabola, w, state, unknown=3.0, others={"a": None}), plain)
+    plain, more = (
+        str(jax.make_jaxpr(functools.partial(step, tx, parabola, **keywords))(w, tx.init(w)))
+        for keywords in ({}, {"unknown": 3.0, "others": {"a": None}})
+    )
+    assert plain == more
 
 
 @every_method
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtypes_are_kept(name, dtype):
     """Of updates those of the parameters, and of the state those that `init` gave it."""
     with jax.enable_x64(dtype == "float64"):
@@ -201,11 +203,13 @@ def test_schedules_and_numbers_in_the_state(name):
     }
     rest = {k: v for k, v in needed(name).items() if k not in chosen}
     build_any = functools.partial(method, optax.sgd(0.1), **rest)
-    plain = build_any(**chosen)
-    wanted = step(plain, parabola, w, plain.init(w))[0]
-    scheduled = build_any(**{k: optax.constant_schedule(v) for k, v in chosen.items()})
-    assert_close(step(scheduled, parabola, w, scheduled.init(w))[0], wanted, rtol=1e-5)
     static = [k for k in ("key", "k", "total_steps") if k in defaults]
     make = untyped(optax.inject_hyperparams(method, static_args=static))
-    injected = make(optax.sgd(0.1), **rest, **chosen)
-    assert_close(step(injected, parabola, w, injected.init(w))[0], wanted, rtol=1e-5)
+    txs = (
+        build_any(**chosen),
+        build_any(**{k: optax.constant_schedule(v) for k, v in chosen.items()}),
+        make(optax.sgd(0.1), **rest, **chosen),
+    )
+    wanted, *others = jax.jit(lambda w: [step(tx, parabola, w, tx.init(w))[0] for tx in txs])(w)
+    for updates in others:
+        assert_close(updates, wanted, rtol=1e-5)

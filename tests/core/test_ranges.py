@@ -151,7 +151,7 @@ def test_a_radius_that_follows_the_rate(argument):
     known: dict[str, Any] = {"lr_min": 0.0, "lr_max": 0.5, "rho_min": 0.1, "rho_max": 0.2}
     for bad in (np.nan, -0.1, np.float32(-0.1), jnp.asarray(-0.1)):
         with pytest.raises(ValueError, match=f"^proportional_rho: `{argument}` must be a number"):
-            sam_optax.proportional_rho(0.1, **known | {argument: bad})
+            untyped(sam_optax.proportional_rho)(0.1, **known | {argument: bad})
     for bad in (jnp.array([0.1]), "0.1", lambda step: 0.1):
         with pytest.raises(TypeError, match=f"^proportional_rho: `{argument}` must be a number"):
-            sam_optax.proportional_rho(0.1, **known | {argument: bad})
+            untyped(sam_optax.proportional_rho)(0.1, **known | {argument: bad})

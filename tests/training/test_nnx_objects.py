@@ -17,7 +17,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 TX = sam(optax.sgd(0.1), rho=0.3)
 
 
-def start():
+def start() -> Any:
     return (
         nnx.Linear(3, 2, rngs=nnx.Rngs(0)),
         nnx.Rngs(5),
@@ -48,7 +48,7 @@ def test_objects_move_once(how):
 
     def step(model, optimizer, x, rngs, metric, seen):
         keywords = {"rngs": rngs, "metric": metric, "seen": seen}
-        chosen = {"skip_nonfinite": True} if bad else options.get(how, {})
+        chosen: Any = {"skip_nonfinite": True} if bad else options.get(how, {})
         return nnx_step(model, optimizer, loss_fn, x, **keywords, **chosen)
 
     metrics = nnx.jit(step)(model, optimizer, x, *objects)

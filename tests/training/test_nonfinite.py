@@ -116,9 +116,8 @@ SURVIVES = {
 }
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", SURVIVES)
-def test_one_bad_gradient_does_not_decide_the_rest(name, bad):
+def test_one_bad_gradient_does_not_decide_the_rest(name):
     """With `apply_if_finite` in the base: the run without that step, but for the step's count."""
     tx = SURVIVES[name](optax.apply_if_finite(optax.sgd(0.1), 3))
 
@@ -137,11 +136,12 @@ def test_one_bad_gradient_does_not_decide_the_rest(name, bad):
 
         return jax.lax.scan(body, (W, tx.init(W)), slopes)
 
-    (w, state), _ = run(jnp.array([0.0, 0.0, bad, 0.0, 0.0]))
     (wanted, plain), _ = run(jnp.zeros(4))
-    assert_close(w, wanted, rtol=1e-6)
-    assert_close(state.perturbation, plain.perturbation, rtol=1e-6)
-    assert_close(state.policy, plain.policy, rtol=1e-6)
+    for bad in (np.nan, np.inf):
+        (w, state), _ = run(jnp.array([0.0, 0.0, bad, 0.0, 0.0]))
+        assert_close(w, wanted, rtol=1e-6)
+        assert_close(state.perturbation, plain.perturbation, rtol=1e-6)
+        assert_close(state.policy, plain.policy, rtol=1e-6)
 
 
 def test_a_bad_perturbed_gradient_is_not_reused():

@@ -149,14 +149,14 @@ class TestLookahead:
 
     def test_what_the_error_says_works(self):
         """Two steps of SAM, and half of the way."""
-        params = self.pair(start(), start())
+        params: Any = self.pair(start(), start())
         sharp = sharpness_aware_value_and_grad(loss_fn, sam(optax.identity(), RHO))
         state, opt_state = sharp.init(params.fast), self.lookahead.init(params)
         w = start()
         for _ in range(2):
             found, state = sharp.value_and_grad(params.fast, state, X)
             updates, opt_state = self.lookahead.update(found.grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params = untyped(optax.apply_updates(params, updates))
             w = jax.tree.map(lambda p, g: p - 0.1 * g, w, perturbed_gradient(w))
         middle = jax.tree.map(lambda a, b: (a + b) / 2, start(), w)
         assert_close(params.slow, middle)
