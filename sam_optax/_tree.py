@@ -48,8 +48,8 @@ def inner(a: Any, b: Any) -> jax.Array:
 
     pairs = zip(leaves(a), leaves(b), strict=True)
     sums = jnp.array([jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in pairs], dtype)
-    # XLA takes this sum apart into a chain of additions: good for the small problem that becomes one
-    # loop, but many leaves then compile more slowly.
+    # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
+    # one loop, but many leaves then compile more slowly.
     return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))
 
 
