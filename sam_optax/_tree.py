@@ -59,14 +59,18 @@ def square(tree: Any) -> jax.Array:
     return jnp.where(total < jnp.finfo(total.dtype).tiny, 0, total)
 
 
-def norm(tree: Any) -> jax.Array:
-    """Global L2 norm, with derivative 0 at 0; 0 where the square is no normal float."""
-    total = inner(tree, tree)
+def root(total: jax.Array) -> jax.Array:
+    """Square root, with derivative 0 at 0; 0 where its argument is no normal float."""
     tiny = jnp.finfo(total.dtype).tiny
     # What reads the sum is a square root, in `divide` a quotient. XLA computes those once, but
     # copies anything cheaper, and the sum with it, into the code of every leaf that needs it.
     size = jnp.sqrt(jnp.maximum(total, tiny))
     return jnp.where(size <= float(tiny) ** 0.5, 0, size)
+
+
+def norm(tree: Any) -> jax.Array:
+    """Global L2 norm."""
+    return root(inner(tree, tree))
 
 
 def distance(a: Any, b: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """What a data-parallel step sends to the other devices, counted in the compiled program."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def copies(step, tx, check_vma):
         check_vma=check_vma,
     )
     state = jax.eval_shape(tx.init, PARAMS)
-    return sent(jax.jit(mapped).lower(PARAMS, state, X).compile().as_text()) / COPY
+    program: Any = jax.jit(mapped).lower(PARAMS, state, X).compile().as_text()
+    return sent(program) / COPY
 
 
 def test_the_base_sends_its_gradient():

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.repository import ROOT
 
@@ -29,7 +30,7 @@ def test_networks():
 
 def test_tables(tmp_path):
     """One of every kind is measured and written between its markers; the others stay."""
-    readme = shutil.copy(FOLDER / "README.md", tmp_path)
+    readme = Path(shutil.copy(FOLDER / "README.md", tmp_path))
     before = readme.read_text(encoding="utf-8")
     chosen = ("resnet18-8", "compile-60", "communication", "gpu-vit_s4-128")
     printed = run("run.py", "--quick", "--readme", str(readme), "--only", *chosen)
