@@ -598,8 +598,8 @@ def gaussian_noise(
 
     def displace(g, params, step, **extra_args):
         def draw(x, key, length=1.0):
-            noise = jax.random.normal(key, jnp.shape(x), jnp.float32)
-            return jnp.asarray(size(step), x.dtype) * length * jnp.asarray(noise, x.dtype)
+            noise = jax.random.normal(key, jnp.shape(x), x.dtype)
+            return jnp.asarray(size(step), x.dtype) * length * noise
 
         keys = _leaf_keys(key, _NOISE, step, g)
         if not rows:

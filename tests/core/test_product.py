@@ -15,6 +15,7 @@ from sam_optax import perturbations, policies, sharpness_aware, surrogates
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
+    gaussian_noise,
     gradient_ascent,
     project_onto,
     random_mask,
@@ -34,13 +35,25 @@ from sam_optax.surrogates import (
     weight_decoupled,
     weighted,
 )
-from tests.oracles import parts
+from tests.oracles import parts, references
 from tests.oracles.problems import follow, quartic
 from tests.oracles.rows import KEY, LEARNING_RATE, Facts, by_hand, measured, trajectory
 from tests.oracles.trees import flat
 
 RHO, STEPS = 0.3, 5
 chain = optax.chain
+
+
+def noise_in_numpy(known: Facts) -> Callable:
+    """Gaussian noise from the library's draws, by row."""
+    leaves = jax.tree.leaves(quartic(STEPS).params)
+    draws = [
+        flat(gaussian_noise(KEY, 1.0, False).update(leaves, optax.EmptyState(), step=t)[0])
+        for t in range(STEPS)
+    ]
+    noise = references.row_noise([np.shape(x) for x in leaves], 0.2, draws)
+    return lambda g, w, t, m: (noise(w, t), m)
+
 
 # Each part of the library, and from the facts about the problem its NumPy counterpart.
 PERTURBATIONS: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
@@ -83,6 +96,7 @@ PERTURBATIONS: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
         lambda: chain(steepest_ascent(RHO), random_mask(KEY, 0.6)),
         lambda f: parts.thinned(parts.ball(RHO), lambda t: f.kept(0.6, t)),
     ),
+    "noise": (lambda: gaussian_noise(KEY, 0.2), noise_in_numpy),
 }
 
 RULES: dict[str, tuple[Callable, Callable]] = {
