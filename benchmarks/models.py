@@ -1,4 +1,3 @@
-# smoke: --models mlp resnet18 vit_s4
 """The three networks of the benchmarks, in plain JAX, and what they are trained on.
 
 Parameters are float32. Inputs and activations have the dtype of the computation; the loss is

@@ -126,14 +126,18 @@ class Batch(NamedTuple):
 
         Args:
             stacked: the parts' output.
-            part, whole: what one part's output, and the whole batch's, look like.
+            part: what one part's output looks like.
+            whole: of every leaf of the whole batch's output, its `Origin` in the batch.
             interleaved: as in `cut`.
             reduce: ``reduce(leaf)`` for a leaf that does not follow the batch.
         """
 
-        def put_together(path, x, one, all_):
+        def put_together(path, x, one, origin):
+            all_ = origin.shape
             if one.shape == all_.shape:
-                return reduce(x)
+                if origin.follows:
+                    return reduce(x)
+                return x[0] if origin.constant is None else jnp.asarray(origin.constant, x.dtype)
             # The batch is the one axis that is as many times longer as there are parts.
             for i in range(len(one.shape)):
                 if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:

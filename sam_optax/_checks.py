@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -108,14 +108,15 @@ def check_like(tree: Any, params: Any, function: str, name: str) -> None:
         )
 
 
-def check_params(params: Any, function: str = "sharpness_aware") -> None:
-    """Raise unless these are parameters that can be perturbed: all of them, real and floating."""
+def check_params(params: Any, function: str = "sharpness_aware", whole: bool = True) -> None:
+    """Raise unless these are parameters that can be perturbed: real, floating, and, for ``whole``,
+    all of them."""
     if params is None:
         raise ValueError(
             f"{function}: it perturbs the parameters; pass them: "
-            "`update(grads, state, params, grad_fn=...)`."
+            f"`update(grads, state, params{', grad_fn=...' if whole else ''})`."
         )
-    if any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
+    if whole and any(is_hole(x) for x in jax.tree.leaves(params, is_leaf=is_hole)):
         raise ValueError(
             f"{function}: `optax.masked` or `optax.partition` around it hides leaves, and "
             "`grad_fn` would not get whole parameters. Put it outside: `mask=` chooses the "
@@ -218,6 +219,13 @@ def find_states(opt_state: Any, *kinds: type) -> list:
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
 
 
+def with_keywords(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
+    if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
 def check_base(state: Any) -> None:
     """Raise for a base, known by its state, that steps from other parameters than it is given."""
     if find_states(state, optax.LookaheadState):
@@ -242,17 +250,46 @@ def is_identity(tx: optax.GradientTransformation) -> bool:
         return False
 
 
-def _is_cut_off(update: Any, updates: Any) -> bool:
-    """Whether some leaf of ``update(updates)`` does not depend on ``updates``, as if frozen."""
+class Origin(NamedTuple):
+    """What an output of a function comes from.
+
+    Attributes:
+        shape: what it looks like.
+        follows: whether it depends on the arguments' values.
+        constant: its value, where it was known when tracing; else None.
+    """
+
+    shape: Any
+    follows: bool
+    constant: Any
+
+
+def origins(function: Callable, *args: Any) -> Any:
+    """For every output of ``function(*args)``, its `Origin`."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    reached = set(closed.jaxpr.invars)
+
+    def is_reached(x):
+        return not hasattr(x, "val") and x in reached
+
+    for equation in closed.jaxpr.eqns:
+        if any(map(is_reached, equation.invars)):
+            reached.update(equation.outvars)
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    leaves = [
+        Origin(shape, is_reached(x), x.val if hasattr(x, "val") else known.get(x))
+        for x, shape in zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _freezes(base: Any, state: Any, params: Any) -> bool:
+    """Whether some of a base's updates do not depend on the gradient."""
     try:
-        jaxpr = jax.make_jaxpr(update)(updates).jaxpr
+        updates = origins(lambda updates: base.update(updates, state, params)[0], params)
     except Exception:  # it needs keywords that only a step has, as a line search does
         return False
-    reached = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(not hasattr(x, "val") and x in reached for x in equation.invars):
-            reached.update(equation.outvars)
-    return any(hasattr(x, "val") or x not in reached for x in jaxpr.outvars)
+    return not all(x.follows for x in find_states(updates, Origin))
 
 
 def check_closed_base(base: Any, state: Any, params: Any) -> None:
@@ -276,9 +313,7 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         ),
     }
     reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
-    if find_states(state, optax.MaskedState) and _is_cut_off(
-        lambda updates: base.update(updates, state, params)[0], params
-    ):
+    if find_states(state, optax.MaskedState) and _freezes(base, state, params):
         reasons.append("the base freezes some leaves")
     if reasons:
         raise ValueError(

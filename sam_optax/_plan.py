@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,12 @@ import optax
 
 from sam_optax._axes import check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_number
+from sam_optax._checks import check_number, origins
 from sam_optax._method import Method
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
 from sam_optax.combinator import SharpnessAware
+from sam_optax.one_gradient import OneGradient
 
 _GROUPS = "sam_optax_groups"
 
@@ -33,7 +35,15 @@ def method_of(function: str, method: Any) -> Method:
         method = method.parts.method
     if not isinstance(method, Method):
         hint = ""
-        if isinstance(method, optax.GradientTransformation):
+        if isinstance(getattr(method, "update", None), MethodType) and isinstance(
+            method.update.__self__, OneGradient
+        ):
+            hint = (
+                " A one-gradient method is an optimizer, and takes no second gradient: use "
+                "`jax.value_and_grad` at `displaced_params(params, opt_state)`, and then its "
+                "`update`."
+            )
+        elif isinstance(method, optax.GradientTransformation):
             hint = " A perturbation becomes one by `Method(perturbation)`."
         raise TypeError(
             f"{function}: `method` must be a Method, or what a method such as "
@@ -281,7 +291,14 @@ class Plan(NamedTuple):
         """``(aux, carried)`` of a whole batch from that of its parts."""
         if not jax.tree.leaves(stacked):
             return stacked
-        one, all_ = (jax.eval_shape(lambda *a: evaluate(*a).aux, *x) for x in (part, whole))
+        one = jax.eval_shape(lambda *a: evaluate(*a).aux, *part)
+        params, *args = whole
+        chosen = self.batch.positions(tuple(args))
+
+        def on_batch(batch):
+            return evaluate(params, *(batch.get(i, x) for i, x in enumerate(args))).aux
+
+        all_ = origins(on_batch, {i: args[i] for i in chosen})
         rules = (reduce_output, reduce_state)
         joined = [
             self.batch.join(*trees, interleaved=interleaved, reduce=rule)

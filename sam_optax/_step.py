@@ -11,11 +11,19 @@ import numpy as np
 import optax
 
 from sam_optax._axes import average
-from sam_optax._checks import check_alive, check_number, check_params, find_states, is_array
+from sam_optax._checks import (
+    check_alive,
+    check_number,
+    check_params,
+    find_states,
+    is_array,
+    with_keywords,
+)
 from sam_optax._plan import At, Loss, Plan, differentiated
 from sam_optax._tree import accumulator, all_finite, select
-from sam_optax._types import Evaluation, SharpnessAwareState, SharpnessInfo
+from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
 from sam_optax.combinator import SharpnessAware
+from sam_optax.one_gradient import displaced_params
 
 
 class StepMetrics(NamedTuple):
@@ -25,8 +33,14 @@ class StepMetrics(NamedTuple):
     that a second gradient tells with a plain optimizer. What this step did not measure, since it
     did not ascend, is 0.
 
+    With a one-gradient optimizer (see `one_gradient`) there is one evaluation, at the displaced
+    point: ``loss`` and ``aux`` are those there, whatever parameters the trainer holds, and
+    ``perturbed_loss`` is None, as with a plain optimizer. The clean loss takes an evaluation at
+    ``clean_params(params, opt_state)``.
+
     Attributes:
-        loss: the clean loss, at the unperturbed parameters.
+        loss: the clean loss, at the unperturbed parameters; with a one-gradient optimizer, the loss
+            at the displaced ones.
         perturbed_loss: the loss at the perturbed parameters; with ``skip_nonfinite``, infinite
             where the perturbed gradient was not finite.
         surrogate_gap: ``perturbed_loss - loss``.
@@ -83,7 +97,8 @@ def check_optimizer(function: str, tx: Any, plan: Plan) -> None:
             hint = (
                 " Around a sharpness-aware optimizer, MultiSteps descends along the last "
                 "micro-batch alone: use `num_microbatches=`, or put its "
-                "`gradient_transformation()` inside, as `base`."
+                "`gradient_transformation()` inside, as `base`. Around a one-gradient or a plain "
+                "optimizer, pass its `gradient_transformation()`."
             )
         raise TypeError(
             f"{function}: `tx` must be an optax.GradientTransformation, got {tx!r}.{hint}"
@@ -108,6 +123,11 @@ def find_info(opt_state: Any) -> SharpnessInfo | None:
 
 def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: bool) -> None:
     """Raise for states under which a step would be another algorithm, or none."""
+    if find_states(opt_state, OneGradientState) and find_states(opt_state, SharpnessAwareState):
+        raise ValueError(
+            f"{function}: the optimizer holds a sharpness-aware and a one-gradient method, so that "
+            "the parameters would be displaced twice. Use one of the two."
+        )
     for node in find_states(opt_state, optax.ApplyIfFiniteState):
         if find_states(node.inner_state, SharpnessAwareState) and not skip_nonfinite:
             raise ValueError(
@@ -168,7 +188,10 @@ class Step(NamedTuple):
     extra_args: Mapping[str, Any] | None = None
 
     def start(self, params: Any, args: tuple) -> Evaluation:
-        """The clean evaluation, of every group where there are some."""
+        """The clean evaluation, of every group where there are some.
+
+        With a one-gradient optimizer it is the one at the displaced parameters, given as such.
+        """
         return self.plan.look(self.clean, params, args)
 
     def clean_gradient(self, first: Evaluation) -> Any:
@@ -212,7 +235,7 @@ class Step(NamedTuple):
                     return self._watched(point, first.aux, *args)[:2]
 
                 extra["value_and_grad_fn"] = value_and_grad_fn
-            tx = optax.with_extra_args_support(self.tx)
+            tx = with_keywords(self.tx)
             updates, new_state = tx.update(first.gradient, opt_state, params, **extra)
         new_params = optax.apply_updates(params, updates)
 
@@ -232,7 +255,8 @@ class Step(NamedTuple):
         """The whole step."""
         check_alive(self.plan.function, params=params, opt_state=opt_state)
         _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
-        return self.finish(params, opt_state, args, self.start(params, args), ascend)
+        point = displaced_params(params, opt_state)
+        return self.finish(params, opt_state, args, self.start(point, args), ascend)
 
     def _watched(self, point: Any, clean_aux: Any, *args: Any) -> Evaluation:
         """The perturbed evaluation; its loss is infinite where a gradient to be skipped is not

@@ -48,8 +48,8 @@ def inner(a: Any, b: Any) -> jax.Array:
 
     pairs = zip(leaves(a), leaves(b), strict=True)
     sums = jnp.array([jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in pairs], dtype)
-    # XLA takes this sum apart into a chain of additions, which it copies into the code of every
-    # leaf that reads it: good for the small problem that becomes one loop, not for many leaves.
+    # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
+    # one loop, but many leaves then compile more slowly.
     return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))
 
 
@@ -60,14 +60,17 @@ def square(tree: Any) -> jax.Array:
 
 
 def root(total: jax.Array) -> jax.Array:
-    """Square root, whose derivative at 0 is 0."""
-    empty = total == 0
-    return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, total)))
+    """Square root, with derivative 0 at 0; 0 where its argument is no normal float."""
+    tiny = jnp.finfo(total.dtype).tiny
+    # What reads the sum is a square root, in `divide` a quotient. XLA computes those once, but
+    # copies anything cheaper, and the sum with it, into the code of every leaf that needs it.
+    size = jnp.sqrt(jnp.maximum(total, tiny))
+    return jnp.where(size <= float(tiny) ** 0.5, 0, size)
 
 
 def norm(tree: Any) -> jax.Array:
     """Global L2 norm."""
-    return root(square(tree))
+    return root(inner(tree, tree))
 
 
 def distance(a: Any, b: Any) -> jax.Array:
@@ -78,7 +81,7 @@ def distance(a: Any, b: Any) -> jax.Array:
 def divide(numerator: Any, denominator: Any, otherwise: float = 0.0) -> jax.Array:
     """Quotient; ``otherwise`` where the denominator is 0, or where one of the two overflowed."""
     lost = (denominator == 0) | jnp.isinf(denominator) | jnp.isinf(numerator)
-    return jnp.where(lost, otherwise, numerator / jnp.where(lost, 1, denominator))
+    return jnp.where(lost, otherwise, numerator) / jnp.where(lost, 1, denominator)
 
 
 def cosine(a: Any, b: Any, norms: tuple[jax.Array, jax.Array]) -> jax.Array:

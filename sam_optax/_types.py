@@ -143,6 +143,28 @@ class SharpnessAwareState(NamedTuple):
         return cls(base=base, **method._asdict())
 
 
+class OneGradientState(NamedTuple):
+    """State of `one_gradient`. Nothing in it aliases the parameters.
+
+    Leaves that a mask left out are ``optax.MaskedNode()`` in the last two fields, of which one is
+    None.
+
+    Attributes:
+        step: i32[], counts every update.
+        base: state of the base optimizer.
+        perturbation: state of the perturbation.
+        displacement: eps of the next evaluation, in the parameters' dtypes; None where the
+            parameters that the trainer holds are displaced themselves (``in_place=True``).
+        clean: with ``in_place=True``, the parameters without eps; else None.
+    """
+
+    step: jax.Array
+    base: State
+    perturbation: State
+    displacement: Any
+    clean: Any
+
+
 class Evaluation(NamedTuple):
     """A loss, its gradient and its auxiliary output at one point.
 

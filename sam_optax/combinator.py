@@ -33,6 +33,7 @@ from sam_optax._checks import (
     find_states,
     hyperparameter,
     is_identity,
+    with_keywords,
 )
 from sam_optax._method import Evaluate, Method
 from sam_optax._tree import cast_like, prune, scale, select, upcast
@@ -40,6 +41,7 @@ from sam_optax._types import (
     Estimate,
     Evaluation,
     MethodState,
+    OneGradientState,
     Params,
     Policy,
     ScalarOrSchedule,
@@ -164,13 +166,6 @@ def _from_value(extra: dict[str, Any]) -> Callable:
     return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)
 
 
-def _with_keywords(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
-    if isinstance(getattr(base.update, "__self__", None), optax.MultiSteps):
-        return optax.GradientTransformationExtraArgs(base.init, base.update)
-    return optax.with_extra_args_support(base)
-
-
 def _accumulation(state: State) -> Any:
     """The state of the MultiSteps, within a base's, whose inner optimizer adds a decoupled term."""
     nodes = find_states(state, optax.MultiStepsState)
@@ -194,6 +189,12 @@ class Combinator(NamedTuple):
         """The state before the first update."""
         method = self.method.init(params)
         base = self.base.init(params)
+        if find_states(base, OneGradientState):
+            raise ValueError(
+                "sharpness_aware: `base` holds a one-gradient method, which displaces the "
+                "parameters itself, so that they would be displaced twice. Give the base optimizer "
+                "alone; or compose `one_gradient(base, perturbation)`, without `sharpness_aware`."
+            )
         check_base(base)
         if self.learning_rate is not None:
             check_closed_base(self.base, base, params)
@@ -422,5 +423,5 @@ def sharpness_aware(
                 "and use the gradient form with `add_decoupled_term` in the optimizer."
             )
     method = Method(perturbation, surrogate, policy, mask, axis_name, sync_perturbation, info)
-    combinator: Any = Combinator(_with_keywords(base), method.checked("sharpness_aware"), rate)
+    combinator: Any = Combinator(with_keywords(base), method.checked("sharpness_aware"), rate)
     return SharpnessAware(combinator.init, combinator.update)

@@ -77,8 +77,9 @@ def sharpness_aware_value_and_grad(
         A `SharpnessAwareGradient`. ``value_and_grad(params, state, *args, extra_args=None,
         **kwargs)`` returns an `Estimate` and the new state, which belongs into the checkpoint
         beside the optimizer's. ``extra_args`` is a dictionary of keywords for the perturbation,
-        such as ``direction``. On a step that does not ascend, `sharpness_aware` says what happens
-        to the state.
+        such as ``direction``. The optimizer after it must not be a one-gradient one
+        (`one_gradient`): its parameters are displaced already. On a step that does not ascend,
+        `sharpness_aware` says what happens to the state.
 
     Cost: as `sharpness_aware`.
 

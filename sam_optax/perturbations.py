@@ -33,6 +33,7 @@ from sam_optax._tree import (
     project,
     prune,
     reject,
+    root,
     scale,
     upcast,
 )
@@ -476,10 +477,15 @@ def reject_from() -> optax.GradientTransformationExtraArgs:
     return _stateless(displace)
 
 
-def _leaf_keys(key: jax.Array, step: Any, tree: Any) -> Any:
-    """One key for every leaf, of this step."""
+# What every random part folds into its key, so that two of them draw differently from one key.
+_MASK, _ROUNDING, _NOISE = 1, 2, 3
+
+
+def _leaf_keys(key: jax.Array, part: int, step: Any, tree: Any) -> Any:
+    """One key for every leaf, of this part and step."""
     structure = jax.tree.structure(tree)
-    keys = jax.random.split(jax.random.fold_in(key, step), max(structure.num_leaves, 1))
+    key = jax.random.fold_in(jax.random.fold_in(key, part), step)
+    keys = jax.random.split(key, max(structure.num_leaves, 1))
     return jax.tree.unflatten(structure, list(keys)[: structure.num_leaves])
 
 
@@ -536,7 +542,79 @@ def random_mask(
             keep = jax.random.uniform(key, shape, jnp.float32) < share
             return jnp.where(keep, x / jnp.asarray(share, x.dtype), 0)
 
-        return jax.tree.map(draw, g, _leaf_keys(key, step, g))
+        return jax.tree.map(draw, g, _leaf_keys(key, _MASK, step, g))
+
+    return _stateless(displace)
+
+
+def gaussian_noise(
+    key: jax.Array, std: ScalarOrSchedule, rows: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    r"""Random displacement, whatever the gradient: Gaussian, by default relative to the weights.
+
+    .. math:: \epsilon_{\cdot j} = \sigma\, \lVert w_{\cdot j} \rVert_2\, n_{\cdot j}, \qquad
+              n \sim \mathcal{N}(0, 1)
+
+    where j is an index along the last axis: an output unit of a dense or convolutional kernel in
+    Flax's layout. The norm is over all other axes; of a vector it is over all of it, of a scalar
+    its absolute value. With ``rows=False``, :math:`\epsilon = \sigma\, n`.
+
+    Args:
+        key: a PRNG key (typed or legacy uint32). The draw depends on ``key`` and ``step`` alone.
+        std: :math:`\sigma`, at least 0: relative to the rows' norms, or with ``rows=False`` in the
+            units of the parameters. A number or a schedule.
+        rows: whether each output unit's noise is relative to the norm of its weights. What is 0,
+            such as a bias at its start, then stays undisturbed.
+
+    Returns:
+        A stateless transformation; with ``rows``, ``update`` needs ``params``. The gradient gives
+        nothing but shapes. The expected square of a row's length is :math:`n \sigma^2 \lVert w_{
+        \cdot j} \rVert^2` for n weights. Cost: random numbers for every element, and a norm.
+
+    Raises:
+        ValueError: ``std`` is negative; ``params`` is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.gaussian_noise(jax.random.key(0), std=0.1)
+        >>> w = jnp.tile(jnp.array([0.0, 1.0]), (10_000, 1))  # rows of norms 0 and 100
+        >>> eps, _ = part.update(w, part.init(w), w, step=0)
+        >>> print(jnp.round(jnp.std(eps, axis=0)))
+        [ 0. 10.]
+
+    References:
+        Li et al., `Revisiting Random Weight Perturbation for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2404.00357>`_, TMLR 2024.
+
+    .. note:: Differences. PyTorch's rows are its kernels' first axis; here they are the last. The
+        authors' adaptive form (ARWP) divides by the root of 1 plus a running sum of squared
+        gradients, which this part does not.
+    """
+    check_key("gaussian_noise", key)
+    size = hyperparameter("gaussian_noise", "std", std)
+    if not isinstance(rows, bool):
+        raise TypeError(f"gaussian_noise: `rows` must be True or False, got {rows!r}.")
+
+    def displace(g, params, step, **extra_args):
+        def draw(x, key, length=1.0):
+            noise = jax.random.normal(key, jnp.shape(x), jnp.float32)
+            return jnp.asarray(size(step), x.dtype) * length * jnp.asarray(noise, x.dtype)
+
+        keys = _leaf_keys(key, _NOISE, step, g)
+        if not rows:
+            return jax.tree.map(draw, g, keys)
+        if params is None:
+            raise ValueError(
+                "gaussian_noise: its noise is relative to the parameters; pass `params` to "
+                "`update`, or `rows=False`."
+            )
+
+        def length(w):
+            over = tuple(range(w.ndim - 1)) if w.ndim > 1 else None
+            return root(jnp.sum(jnp.square(w), axis=over, keepdims=True))
+
+        return jax.tree.map(draw, g, keys, jax.tree.map(length, upcast(params)))
 
     return _stateless(displace)
 
@@ -596,6 +674,6 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
             pick = jax.random.uniform(key, jnp.shape(e), jnp.float32) < chance
             return upcast(jnp.where(pick, other, nearest)) - w
 
-        return jax.tree.map(draw, eps, params, _leaf_keys(key, step, eps))
+        return jax.tree.map(draw, eps, params, _leaf_keys(key, _ROUNDING, step, eps))
 
     return _stateless(displace)

@@ -10,6 +10,11 @@ Every step takes a loss, an optimizer and one batch, and takes care of what is e
   asks for them. The step is then the ordinary one, and what only a second gradient can tell is None
   in the metrics.
 
+- A one-gradient optimizer (`one_gradient`, in a chain or another wrapper, in place or not) is
+  given its one gradient where it wants it, at ``displaced_params(params, opt_state)``: new running
+  statistics are those of that pass, and **the reported loss is the one there**, the displaced one.
+  There is no perturbed loss beside it, and ``ascended`` is False.
+
 Options that the steps share:
 
 ``has_aux``
@@ -34,10 +39,11 @@ Options that the steps share:
     argument with the batch's leading axis is an error, unless the batch is named.
 ``aux_reduce``
     With groups or micro-batches, auxiliary output is put together leaf by leaf: a leaf whose shape
-    follows the batch is concatenated; of the others floats are averaged, signed integers (counts)
-    added, bools are true if one is, and what is left (PRNG keys) is that of the first part. Where
-    that is not what the whole batch gives, ``aux_reduce(stacked)`` is called in its place, with the
-    parts' output stacked along a new first axis: over micro-batches, then over groups.
+    follows the batch is concatenated; of the others that depend on the batch floats are averaged,
+    signed integers (counts) added, bools true if one is; what does not depend on it (a constant, a
+    PRNG key) is kept. Where that is not what the whole batch gives, ``aux_reduce(stacked)`` is
+    called in its place, with the parts' output stacked along a new first axis: over micro-batches,
+    then over groups.
 ``skip_nonfinite``
     If the clean or the perturbed gradient holds a NaN or an infinity, parameters, optimizer state,
     mutable state and step counts stay as they were, bit for bit, and ``StepMetrics.skipped`` is
@@ -101,22 +107,24 @@ def two_gradient_step(
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs) -> loss``, or ``(loss, aux)``; pure, and this
             device's own where ``tx`` has an ``axis_name``.
-        tx: what `sharpness_aware` or a method returned; a chain around it, or a plain Optax
-            optimizer, will do where no option needs to look inside. A chain hides ``axis_name``:
-            ``metrics.loss``, and ``value`` for the optimizer, are then this device's own.
+        tx: what `sharpness_aware` or a method returned; a chain around it, a one-gradient method,
+            or a plain Optax optimizer, will do where no option needs to look inside. A chain hides
+            ``axis_name``: ``metrics.loss``, and ``value`` for the optimizer, are then this device's
+            own.
         has_aux, aux_from, num_groups, num_microbatches, batch_argnums, aux_reduce, skip_nonfinite:
             see the module's docstring.
 
     Returns:
         ``step(params, opt_state, *args, loss_scale=None, extra_args=None, **kwargs) -> (params,
         opt_state, metrics)``, to be jitted by the caller (donating params and opt_state is fine).
-        ``metrics`` are `StepMetrics`.
+        ``metrics`` are `StepMetrics`; with a one-gradient method, ``metrics.loss`` is the loss at
+        the displaced parameters.
 
     Raises:
         ValueError, TypeError: an option out of range; when the step is traced, a loss that is not a
             scalar, a batch that cannot be cut, ``optax.MultiSteps`` around ``tx``.
 
-    Cost: that of ``tx``; `never` and plain optimizers pay one gradient.
+    Cost: that of ``tx``; `never`, one-gradient methods and plain optimizers pay one gradient.
 
     Reduces to: the ordinary step at ``rho=0``, operation by operation the same numbers. Under
     ``jit`` XLA may fuse the two programs differently, and then they can differ by rounding.

@@ -38,3 +38,4 @@ def table(first: str) -> list[dict[str, str]]:
 
 # By name: what the README says about every method.
 METHODS = {row["Method"].strip("`"): row for row in table("Method")}
+ONE_GRADIENT = {row["One-gradient method"].strip("`"): row for row in table("One-gradient method")}

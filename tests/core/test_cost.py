@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import sam_optax
 from tests import repository
 from tests.oracles.rows import METHODS, ROWS
 
@@ -45,6 +46,10 @@ def cost(tx, second=True):
         updates, state = tx.update(grad_fn(params), state, params, **keywords)
         return optax.apply_updates(params, updates), state
 
+    return step_cost(step, tx)
+
+
+def step_cost(step, tx):
     state = jax.eval_shape(tx.init, PARAMS)
     step = jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, state, EXAMPLES).compile()
     analysis, memory = step.cost_analysis(), step.memory_analysis()
@@ -73,6 +78,21 @@ def combines(name):
 @functools.cache
 def sam_cost(info):
     return cost(ROWS[0].build(BASE, info=info))
+
+
+def test_sam_is_two_gradients_by_hand():
+    """With its defaults, next to the least that a second gradient costs."""
+
+    def two_gradients(params, state, batch):
+        grad_fn = jax.grad(lambda p: loss(p, batch))
+        moved = jax.tree.map(lambda p, g: p + 0.05 * g, params, grad_fn(params))
+        updates, state = BASE.update(grad_fn(moved), state, params)
+        return optax.apply_updates(params, updates), state
+
+    flops, memory = step_cost(two_gradients, BASE)
+    found = cost(sam_optax.sam(BASE))
+    assert found[0] <= 1.02 * flops
+    assert found[1] <= memory + 0.05 * COPY
 
 
 @pytest.mark.parametrize(("info", "copies"), [(False, 0.2), (True, 1.5)])

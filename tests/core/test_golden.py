@@ -20,6 +20,7 @@ import pytest
 import sam_optax
 from sam_optax import perturbations, policies, surrogates
 from tests.oracles import problems, references
+from tests.oracles.rows import untyped
 
 pytestmark = pytest.mark.usefixtures("float64")
 FILES = {
@@ -188,6 +189,27 @@ def library_esam(run: Run):
     )
 
 
+def noise(run: Run) -> np.ndarray:
+    return np.array(run.stored["noise"])
+
+
+def library_random_weight_perturbation(run: Run):
+    """The recorded noise, which displaces the first step, too."""
+    recorded = run.problem.unflatten(noise(run))
+
+    def at(step):
+        return jax.tree.map(lambda x: jnp.asarray(np.append(x, x[:1] * 0, axis=0))[step], recorded)
+
+    def update(updates, state, params=None, **extra_args):
+        return at(extra_args["step"]), state
+
+    part = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = sam_optax.one_gradient(run.base, part)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: untyped(tx.init(params))._replace(displacement=at(0)), tx.update
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """How to reproduce a file, and how far guards that the reference leaves out may carry."""
@@ -270,10 +292,27 @@ ROWS = {
         reference_look_sam,
         lambda run: sam_optax.look_sam(run.base, rho=run.h.rho, alpha=run.h.alpha, k=run.h.k),
     ),
+    "momentum_sam__MarlonBecker": Row(
+        lambda run: references.momentum_sam(
+            *run.inputs, rho=run.h.rho, momentum=run.h.momentum, eps=run.guard
+        ),
+        lambda run: sam_optax.momentum_sam(run.base, run.h.rho, run.h.momentum),
+    ),
+    # Their noise at each step is given: one of the two runs shrinks it by past gradients (ARWP).
+    "random_weight_perturbation__nblt": Row(
+        lambda run: references.random_weight_perturbation(
+            *run.inputs, noise=lambda w, t: noise(run)[t]
+        ),
+        library_random_weight_perturbation,
+    ),
     "sam__SamsungLabs": SAM,
     "sam__davda54": SAM,
     "sam__google-research": SAM,
     "sam__optax": SAM,
+    "single_step_sam__jjsrf": Row(
+        lambda run: references.one_gradient(*run.inputs, ball(run)),
+        lambda run: sam_optax.single_step_sam(run.base, run.h.rho),
+    ),
     "stable_sam__cltan023": Row(
         lambda run: references.stable_sam(*run.inputs, ball(run), eps=run.guard),
         lambda run: sam_optax.stable_sam(run.base, rho=run.h.rho),

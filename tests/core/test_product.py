@@ -133,8 +133,8 @@ PAIRS = {
     perturbation: [(rule, NAMES[(i + j) % len(NAMES)]) for j, rule in enumerate(RULES)]
     for i, perturbation in enumerate(PERTURBATIONS)
 }
-# A rule around each of the others meets every policy.
-AROUND = {policy: [(rule, policy) for rule in RENORMALIZED] for policy in POLICIES}
+# A rule around each of the others, on fresh steps, on stale ones, and with nothing before them.
+AROUND = {policy: [(rule, policy) for rule in RENORMALIZED] for policy in ("every", "later")}
 CASES = [(perturbation, pair) for perturbation, pair in PAIRS.items()] + [
     ("steepest", pair) for pair in AROUND.values()
 ]

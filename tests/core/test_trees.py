@@ -358,7 +358,7 @@ def test_a_radius_for_each_group():
     assert masked["b"] == masked["c"] == 0
 
 
-@pytest.mark.parametrize("row", [named("sam"), named("wsam")], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [named("sam"), named("gsam")], ids=lambda row: row.name)
 def test_partitioned_and_masked_base(row):
     """Groups with optimizers of their own, and frozen leaves: the base's business."""
     problem = problem32()

@@ -18,9 +18,14 @@ ROWS = [
     (name, row["Parts"].strip("`"), *row["Reduces to"].strip("`").split("` at `"))
     for name, row in repository.METHODS.items()
 ]
+ONE_GRADIENT = [
+    (name, row["Perturbation"].strip("`"), *row["Reduces to"].strip("`").split("` at `"))
+    for name, row in repository.ONE_GRADIENT.items()
+]
 BASE = optax.sgd(0.1, momentum=0.5)
 GIVEN = {"learning_rate": 0.1, "total_steps": 8, "key": jax.random.key(0)}
-PARTS = {"chain": optax.chain} | vars(perturbations) | vars(surrogates) | vars(policies)
+PARTS = vars(perturbations) | vars(surrogates) | vars(policies)
+PARTS |= {"chain": optax.chain, "scale": optax.scale, "trace": optax.trace}
 
 
 def arguments(method):
@@ -41,7 +46,8 @@ def trajectory(tx):
         def grad_fn(at):
             return jax.grad(loss)(at, x)
 
-        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        point = sam_optax.displaced_params(params, state)
+        updates, state = tx.update(grad_fn(point), state, params, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
@@ -63,12 +69,14 @@ def test_table_lists_every_method():
     methods = {
         name
         for name in sam_optax.__all__
-        if name != "sharpness_aware"
+        if name not in ("one_gradient", "sharpness_aware")
         and inspect.isfunction(getattr(sam_optax, name))
-        and next(iter(inspect.signature(getattr(sam_optax, name)).parameters)) == "base"
+        and next(iter(inspect.signature(getattr(sam_optax, name)).parameters), "") == "base"
     }
-    assert len(repository.table("Method")) == len(ROWS)
-    assert {row[0] for row in ROWS} == methods
+    rows = [row[0] for row in ROWS + ONE_GRADIENT]
+    tables = repository.table("Method") + repository.table("One-gradient method")
+    assert len(tables) == len(rows)
+    assert set(rows) == methods
 
 
 @pytest.mark.parametrize(("name", "parts"), [row[:2] for row in ROWS])
@@ -79,7 +87,16 @@ def test_parts_are_the_method(name, parts):
     chex.assert_trees_all_equal(trajectory(composed), named(name))
 
 
-@pytest.mark.parametrize(("name", "target", "change"), [(r[0], r[2], r[3]) for r in ROWS])
+@pytest.mark.parametrize(("name", "perturbation"), [row[:2] for row in ONE_GRADIENT])
+def test_perturbation_is_the_one_gradient_method(name, perturbation):
+    part = eval(perturbation, PARTS | arguments(getattr(sam_optax, name)))
+    composed = sam_optax.one_gradient(BASE, part)
+    chex.assert_trees_all_equal(trajectory(composed), named(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "change"), [(r[0], r[2], r[3]) for r in ROWS + ONE_GRADIENT]
+)
 def test_method_reduces_to(name, target, change):
     changes = eval(f"dict({change})")
     chosen = arguments(getattr(sam_optax, name)) | changes

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sam_optax import displaced_params
 from tests.oracles.trees import flat
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -264,13 +265,15 @@ def stacked(problem: Problem, trajectory: Iterable[np.ndarray]) -> Any:
 def stepper(problem: Problem, tx: Any, direction: Callable[[Any], Any] | None = None) -> Callable:
     """``(params, state, batch, perturbed_batch) -> (params, state)``, with the loss known.
 
+    The gradient is taken where a one-gradient method wants it, for all others at the parameters.
+
     With ``direction``, a function of the parameters, every update is handed ``direction=``.
     """
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, batch, perturbed_batch=None):
         seen = batch if perturbed_batch is None else perturbed_batch
-        grads = jax.grad(problem.loss)(params, batch)
+        grads = jax.grad(problem.loss)(displaced_params(params, state), batch)
         extra = {} if direction is None else {"direction": direction(params)}
         updates, state = tx.update(
             grads,

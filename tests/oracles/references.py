@@ -351,3 +351,55 @@ def sam_db(w: Array, grads: Gradients, other_grads: Gradients, base: Base, ascen
     for grad, other_grad in zip(grads, other_grads, strict=True):
         w = base(w, other_grad(w + ascent(grad(w), w)))
         yield w
+
+
+def one_gradient(
+    w: Array, grads: Gradients, base: Base, ascent: Callable[[Array, Array], Array]
+) -> Steps:
+    """S2-SAM (Ji et al. 2024) in the neighbourhood ``ascent``: along the step before's gradient."""
+    eps = np.zeros_like(w)
+    for grad in grads:
+        h = grad(w + eps)
+        w = base(w, h)
+        eps = ascent(h, w)
+        yield w
+
+
+def momentum_sam(
+    w: Array, grads: Gradients, base: Base, *, rho: Scheduled, momentum: float, eps: float = 0.0
+) -> Steps:
+    """Momentum-SAM (Becker et al. 2024): to where the momentum leads, against the gradient."""
+    v = np.zeros_like(w)
+    for t, grad in enumerate(grads):
+        h = grad(w - at(rho, t) * unit(v, eps))
+        v = momentum * v + h
+        w = base(w, h)
+        yield w
+
+
+def random_weight_perturbation(
+    w: Array, grads: Gradients, base: Base, *, noise: Callable[[Array, int], Array]
+) -> Steps:
+    """RWP (Li et al. 2024): the gradient at w + noise."""
+    for t, grad in enumerate(grads):
+        w = base(w, grad(w + noise(w, t)))
+        yield w
+
+
+def row_noise(shapes: Sequence[tuple], std: float, draws: Sequence[Array]) -> Callable:
+    """RWP's noise on a flat w whose leaves have these shapes, rows being along the last axis."""
+
+    def noise(w: Array, t: int) -> Array:
+        found, start = [], 0
+        for shape in shapes:
+            size = int(np.prod(shape))
+            leaf, n = (x[start : start + size].reshape(shape) for x in (w, draws[t]))
+            if len(shape) > 1:
+                lengths = [norm(leaf[..., j]) for j in range(shape[-1])]
+            else:
+                lengths = norm(leaf)
+            found.append(np.ravel(std * np.array(lengths) * n))
+            start += size
+        return np.concatenate(found)
+
+    return noise

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import sam_optax
-from sam_optax import sharpness_aware
+from sam_optax import sharpness_aware, variants
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
@@ -311,12 +311,13 @@ a_few_rows = pytest.mark.parametrize(
     ids=lambda row: row.name,
 )
 
-METHODS = {
+# The named methods: what the library exports of its `variants` that takes a base optimizer.
+METHODS: dict[str, Callable] = {
     name: function
     for name in sam_optax.__all__
-    if inspect.isfunction(function := getattr(sam_optax, name))
-    and function.__module__ == "sam_optax.variants"
-    and name != "proportional_rho"
+    if (function := getattr(variants, name, None)) is not None
+    and function.__module__ == variants.__name__
+    and "base" in inspect.signature(function).parameters
 }
 
 

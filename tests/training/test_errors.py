@@ -186,8 +186,6 @@ def test_optimizers_of_the_wrong_kind(function):
     not_called: Any = sam
     with pytest.raises(TypeError, match=rf"^{function}: .*`base`"):
         call(make, loss, X, tx=around, num_groups=2)
-    with pytest.raises(TypeError, match=rf"^{function}: .*`base`"):
-        call(make, loss, X, tx=around, skip_nonfinite=True)
     if function in BY_LOSS:
         with pytest.raises(TypeError, match=rf"^{function}: .*`base`"):
             call(make, loss, X, tx=around, aux_from="perturbed")

@@ -196,7 +196,7 @@ def test_aux_is_that_of_the_whole_batch_at_the_point_asked_for(aux_from, parts):
 
 
 @pytest.mark.parametrize("option", ["num_groups", "num_microbatches"])
-def test_aux_that_is_no_mean_comes_from_the_first_part(option):
+def test_aux_that_is_no_mean(option):
     parts: dict[str, Any] = {option: 4}
     params, x, y = one_batch()
 
@@ -205,6 +205,7 @@ def test_aux_that_is_no_mean_comes_from_the_first_part(option):
             "key": jax.random.fold_in(key, 3),
             "keys": jax.random.split(key, x.shape[0]),
             "count": jnp.asarray(x.shape[0]),
+            "right": jnp.sum(x[:, 0] > 0),
             "fixed": jnp.arange(3),
             "flags": y[:, 0] > 0,
         }
@@ -216,7 +217,8 @@ def test_aux_that_is_no_mean_comes_from_the_first_part(option):
     aux = jax.jit(step)(params, tx.init(params), x, y, key)[2].aux
     assert aux["key"] == jax.random.fold_in(key, 3)
     assert aux["keys"].shape == (16,)
-    assert aux["count"] == 4
+    assert aux["count"] == 16
+    assert aux["right"] == jnp.sum(x[:, 0] > 0)
     np.testing.assert_array_equal(aux["fixed"], np.arange(3))
     np.testing.assert_array_equal(aux["flags"], y[:, 0] > 0)
 

@@ -1,0 +1,68 @@
+"""What a data-parallel step sends to the other devices, counted in the compiled program."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from sam_optax.training import two_gradient_step
+from tests.oracles.programs import sent
+from tests.oracles.rows import METHODS, ROWS
+
+BASE = optax.sgd(0.1)
+PERTURBED_ALONE = ("sam", "asam", "fisher_sam")
+WIDTHS = (32, 64, 8)
+PARAMS = [
+    {
+        "kernel": jax.ShapeDtypeStruct((m, n), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((n,), jnp.float32),
+    }
+    for m, n in itertools.pairwise(WIDTHS)
+]
+COPY = sum(4 * x.size for x in jax.tree.leaves(PARAMS))
+X = jax.ShapeDtypeStruct((32, WIDTHS[0]), jnp.float32)
+
+
+def loss(params, x):
+    for layer in params:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return jnp.mean(jnp.square(x))
+
+
+def copies(step, tx, check_vma):
+    """What a step on 8 devices sends, in copies of the parameters."""
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(
+        step,
+        mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(everywhere, everywhere, split),
+        out_specs=everywhere,
+        check_vma=check_vma,
+    )
+    state = jax.eval_shape(tx.init, PARAMS)
+    program: Any = jax.jit(mapped).lower(PARAMS, state, X).compile().as_text()
+    return sent(program) / COPY
+
+
+def test_the_base_sends_its_gradient():
+    def step(params, state, x):
+        updates, state = BASE.update(jax.lax.pmean(jax.grad(loss)(params, x), "data"), state)
+        return optax.apply_updates(params, updates), state
+
+    assert copies(step, BASE, check_vma=False) == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.name in METHODS], ids=lambda row: row.name
+)
+def test_a_method_sends_no_more_than_it_needs(row, check_vma):
+    """The perturbed gradient; what reads the clean one's average, or an average's, that too."""
+    tx = row.build(BASE, info=False, axis_name="data")
+    found = copies(two_gradient_step(loss, tx), tx, check_vma)
+    wanted = 1 if row.name in PERTURBED_ALONE else 2
+    assert wanted <= found < wanted + 0.01  # and a few scalars
