@@ -344,7 +344,9 @@ def sharpness_aware(
         axis_name: name (or tuple of names) of the mapped axes, inside ``shard_map``, ``pmap`` or
             ``vmap``, over which the batch is split. ``updates`` and the gradient function are then
             this shard's own; surrogate rule, policy and base see averages over the axes, and
-            updates and state come out the same on every device.
+            updates and state come out the same on every device. Where a loss's value is known and
+            ``shard_map(check_vma=True)`` tracks what differs, a loss that was averaged inside, and
+            parameters that are shards of one model, are refused.
         sync_perturbation: with ``axis_name``: False, each shard ascends along its own gradient
             (m-sharpness); True, all along the mean gradient. The float leaves of the perturbation's
             state are averaged either way.
@@ -371,6 +373,10 @@ def sharpness_aware(
         On a step that does not ascend, the perturbation's state still moves (its averages see every
         clean gradient), the policy's too, the surrogate's as its ``stale`` says, and ``base``
         updates as ever.
+
+        ``optax.apply_if_finite`` belongs into ``base``, where it sees d. Around the method it looks
+        at the clean gradient alone, and what is not finite in the perturbed one goes by: there, the
+        training steps refuse it but with ``skip_nonfinite=True``.
 
         Under ``shard_map(check_vma=True)``, a clean gradient taken at replicated parameters was
         summed over devices by ``jax.grad``; it is then taken again at a point marked as varying

@@ -56,7 +56,8 @@ Options that the steps share:
 ``optax.MultiSteps`` around a sharpness-aware optimizer would average the clean gradient over the
 micro-batches, pay for a second gradient on each of them, and descend along that of the last alone;
 the steps refuse it. Inside, as ``base``, it accumulates surrogate gradients: m-sharpness, one
-micro-batch at a time.
+micro-batch at a time. ``optax.apply_if_finite`` around one looks at the clean gradient alone, and
+is refused too, unless ``skip_nonfinite`` looks at both.
 
 On a step that does not ascend, `sharpness_aware` says what happens to the optimizer's state;
 mutable state moves as on any other step, once.
