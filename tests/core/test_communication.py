@@ -43,7 +43,9 @@ def copies(step, tx, check_vma):
         check_vma=check_vma,
     )
     state = jax.eval_shape(tx.init, PARAMS)
-    return sent(jax.jit(mapped).lower(PARAMS, state, X).compile().as_text()) / COPY
+    program = jax.jit(mapped).lower(PARAMS, state, X).compile().as_text()
+    assert program is not None
+    return sent(program) / COPY
 
 
 def test_the_base_sends_its_gradient():

@@ -1,6 +1,7 @@
 """The benchmarks run, with little of everything, and write their tables; nothing is timed."""
 
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_networks():
 
 def test_tables(tmp_path):
     """One of every kind is measured and written between its markers; the others stay."""
-    readme = shutil.copy(FOLDER / "README.md", tmp_path)
+    readme = pathlib.Path(shutil.copy(FOLDER / "README.md", tmp_path))
     before = readme.read_text(encoding="utf-8")
     chosen = ("resnet18-8", "compile-60", "communication", "gpu-vit_s4-128")
     printed = run("run.py", "--quick", "--readme", str(readme), "--only", *chosen)
