@@ -20,7 +20,17 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import hyperparameter, is_array
-from sam_optax._tree import cast_like, divide, norm, reject, scale, select, upcast
+from sam_optax._tree import (
+    cast_like,
+    divide,
+    inner,
+    norm,
+    reject,
+    scale,
+    select,
+    square,
+    upcast,
+)
 from sam_optax._types import Direction, ScalarOrSchedule, SurrogateRule
 
 
@@ -275,9 +285,12 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         return ReuseState(optax.tree.zeros_like(upcast(params)))
 
     def fresh(g, gp, step, state):
-        orthogonal = reject(gp, g)
+        both = inner(gp, g)
+        along = scale(divide(both, square(g)), g)
+        orthogonal = jax.tree.map(jnp.subtract, upcast(gp), along)
         size = norm(orthogonal)
-        noise = 8 * jnp.finfo(size.dtype).eps * norm(gp)
+        whole = jnp.hypot(size, divide(both, norm(g)))  # ||gp||, without another sum
+        noise = 8 * jnp.finfo(size.dtype).eps * whole
         unit = scale(divide(1, jnp.where(size > noise, size, 0)), orthogonal)
         moved = ReuseState(cast_like(unit, state.orthogonal))
         # One gradient that is not finite does not decide the steps up to the next ascent.
