@@ -266,7 +266,8 @@ def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
 def step_times(entries: dict[str, Entry], args: tuple, rounds: int, steps: int) -> str:
     runners = {name: Runner(entry, args) for name, entry in entries.items()}
     interleaved(runners, rounds, lambda runner: runner.times.append(runner.run(steps)))
-    against = [runners[name].times for name in ("base", "two gradients", "optax.contrib.sam")]
+    names = ("base", "two gradients", "SAM by hand", "optax.contrib.sam")
+    against = [runners[name].times for name in names]
 
     def row(name: str, runner: Runner) -> list[str]:
         low, middle, high = statistics.quantiles(runner.times, n=4, method="inclusive")
@@ -274,7 +275,7 @@ def step_times(entries: dict[str, Entry], args: tuple, rounds: int, steps: int) 
         ratios = [number(ratio(runner.times, other)) for other in against]
         return [name, *times, *ratios, number(runner.copies, 2)]
 
-    heads = ["", "ms", "IQR", "/ base", "/ two gradients", "/ optax", "copies"]
+    heads = ["", "ms", "IQR", "/ base", "/ two gradients", "/ by hand", "/ optax", "copies"]
     return markdown(heads, (row(*item) for item in runners.items()))
 
 
