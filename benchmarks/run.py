@@ -394,7 +394,7 @@ def measured(table: Table, quick: bool) -> str:
     device, rounds, before = jax.devices()[0], 2 if quick else table.rounds, load()
     found = table.make(rounds, quick)
     settings = [
-        f"{device.platform} {device.device_kind}",
+        " ".join(dict.fromkeys((device.platform, device.device_kind))),
         f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else '?'} cores",
         f"load {before} before, {load()} after",
         f"{rounds} rounds",
