@@ -293,13 +293,13 @@ def _moving_average(
         def move(old, x):
             share = jnp.asarray(weight(step), x.dtype)
             moved = (1 - share) * old + share * x
-            return moved if zero_start else jnp.where(state.started, moved, x)
+            moved = moved if zero_start else jnp.where(state.started, moved, x)
+            # By element: a flag for all of them would keep every gradient until the last is there.
+            return jnp.where(jnp.isfinite(x), moved, old)
 
         ema = cast_like(jax.tree.map(move, state.ema, g), state.ema)
         eps = displace(g, state.ema, ema, step)
-        # By element: a flag for all of them would keep every gradient until the last is there.
-        kept = jax.tree.map(lambda x, m, old: jnp.where(jnp.isfinite(x), m, old), g, ema, state.ema)
-        return cast_like(eps, updates), EmaState(kept, jnp.ones_like(state.started))
+        return cast_like(eps, updates), EmaState(ema, jnp.ones_like(state.started))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -388,7 +388,12 @@ def variance_suppressed(theta: ScalarOrSchedule) -> optax.GradientTransformation
         <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023.
     """
     weight = hyperparameter("variance_suppressed", "theta", theta, high=1)
-    return _moving_average(weight, False, lambda g, old, new, step: new)
+
+    def displace(g, old, new, step):
+        # What is not finite stays visible, although the average passes over it.
+        return jax.tree.map(lambda x, m: jnp.where(jnp.isfinite(x), m, x), g, new)
+
+    return _moving_average(weight, False, displace)
 
 
 def _direction(direction: Any, g: Any, function: str) -> Any:
