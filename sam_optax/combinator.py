@@ -234,7 +234,7 @@ class Combinator(NamedTuple):
         """The base optimizer's part of a step, from what the method found."""
         term, in_chain = found.decoupled, bool(find_states(state.base, DecoupledTermState))
         past = term is not None and self._is_past(in_chain)
-        if term is not None and isinstance(state.base, AccumulatedTermState):
+        if isinstance(state.base, AccumulatedTermState):
             return self._accumulate(found, method, state.base, params, extra_args)
         if in_chain:
             extra_args = extra_args | {"decoupled": term}
@@ -259,8 +259,11 @@ class Combinator(NamedTuple):
                 return mean + upcast(term)
             return mean + (upcast(term) - mean) / (count + 1).astype(mean.dtype)
 
-        mean = jax.tree.map(add, state.mean, found.decoupled)
-        extra_args = extra_args | {"decoupled": cast_like(mean, found.decoupled)}
+        term, mean = found.decoupled, state.mean
+        if term is not None:
+            mean = jax.tree.map(add, mean, term)
+            term = cast_like(mean, term)
+        extra_args = extra_args | {"decoupled": term}
         updates, base = self.base.update(found.grads, state.base, params, **extra_args)
         # A micro-batch that MultiSteps skips does not count.
         counted = _accumulation(base).mini_step != count

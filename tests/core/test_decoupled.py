@@ -284,3 +284,17 @@ def test_a_term_of_another_tree():
     np.testing.assert_array_equal(
         untyped(tx.update(w, tx.init(w), w, decoupled=w)[0])["a"], 2 * w["a"]
     )
+
+
+def test_multi_steps_of_a_rule_without_a_term():
+    """A base made for WSAM is a base for SAM: nothing is added."""
+    plain = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(RATE))
+    w, results = start(), []
+    grad_fn = jax.grad(lambda p: sum(jnp.sum(x**4) for x in jax.tree.leaves(p)))
+    for base in (chain(), plain):
+        tx = sam(optax.MultiSteps(base, 2).gradient_transformation(), rho=RHO)
+        state, updates = tx.init(w), None
+        for _ in range(2):
+            updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        results.append(updates)
+    assert_same(*results)
