@@ -24,10 +24,10 @@ from sam_optax._tree import (
     cosine,
     distance,
     fill,
-    is_hole,
     keep_order,
     norm,
     punch,
+    shifted,
     upcast,
 )
 from sam_optax._types import (
@@ -235,12 +235,7 @@ class Method(NamedTuple):
     def fresh(self, here: _Here, state: MethodState) -> _Outcome:
         """A step that ascends."""
         eps, _ = self.displace(here, state)
-        perturbed = jax.tree.map(
-            lambda e, p: p if is_hole(e) else cast_like(upcast(p) + e, p),
-            eps,
-            here.params,
-            is_leaf=is_hole,
-        )
+        perturbed = shifted(here.params, eps)
         measured: dict[str, Any] = {}
         if self.info:
             applied = distance(punch(here.keep, perturbed), punch(here.keep, here.params))

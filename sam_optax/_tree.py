@@ -137,6 +137,16 @@ def punch(mask: Any, tree: Any) -> Any:
     return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), mask, tree)
 
 
+def shifted(params: Any, eps: Any) -> Any:
+    """w + eps, rounded once; a hole in eps leaves the parameter as it is."""
+    return jax.tree.map(
+        lambda e, p: p if is_hole(e) else cast_like(upcast(p) + upcast(e), p),
+        eps,
+        params,
+        is_leaf=is_hole,
+    )
+
+
 def fill(tree: Any, like: Any) -> Any:
     """``tree``, with the leaves of ``like`` in its holes."""
     return jax.tree.map(lambda x, y: y if is_hole(x) else x, tree, like, is_leaf=is_hole)

@@ -33,19 +33,9 @@ from sam_optax._checks import (
     resolve_mask,
     with_keywords,
 )
-from sam_optax._tree import cast_like, fill, is_hole, punch, upcast
+from sam_optax._tree import cast_like, fill, is_hole, punch, shifted, upcast
 from sam_optax._types import OneGradientState, Params, ScalarOrSchedule, SharpnessAwareState
 from sam_optax.perturbations import gaussian_noise, steepest_ascent
-
-
-def _displaced(params: Params, eps: Any) -> Params:
-    """w + eps, with the holes of eps."""
-    return jax.tree.map(
-        lambda e, p: e if is_hole(e) else cast_like(upcast(p) + upcast(e), p),
-        eps,
-        params,
-        is_leaf=is_hole,
-    )
 
 
 def _move(new: Any, old: Any, clean: Any, before: Any, updates: Any) -> Any:
@@ -129,7 +119,7 @@ class OneGradient(NamedTuple):
         check_like(eps, clean, "one_gradient", "the perturbation's displacement")
         eps = cast_like(eps, clean)
         if self.in_place:
-            updates = _move(_displaced(clean, eps), params, clean, before, updates)
+            updates = _move(shifted(clean, eps), params, clean, before, updates)
         return updates, OneGradientState(
             step=step,
             base=base,
@@ -358,7 +348,7 @@ def displaced_params(params: Params, opt_state: Any) -> Params:
     plain = _plain(params)
     trees = _trees("displaced_params", plain, opt_state, in_place=False)
     for tree in trees:
-        plain = fill(_displaced(plain, tree), plain)
+        plain = shifted(plain, tree)
     return _wrapped(plain, params) if trees else params
 
 

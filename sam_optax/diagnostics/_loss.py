@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam_optax._tree import cast_like, is_hole, upcast
+from sam_optax._tree import upcast
 
 Loss = Callable[[Any], Any]
 """``params -> scalar``."""
@@ -52,13 +52,6 @@ def num_batches(function: str, batches: Any) -> int:
             f"or more, batches stacked along it; got leading axes {sorted(lengths)}."
         )
     return lengths.pop()[0]
-
-
-def shifted(params: Any, eps: Any) -> Any:
-    """w + eps, rounded once; holes in eps stand for zeros."""
-    return jax.tree.map(
-        lambda e, p: p if is_hole(e) else cast_like(upcast(p) + e, p), eps, params, is_leaf=is_hole
-    )
 
 
 def mean_over_batches(loss_fn: Callable[[Any, Any], Any], batches: Any) -> Loss:

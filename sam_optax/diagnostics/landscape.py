@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from sam_optax._checks import check_key, check_like
-from sam_optax._tree import accumulator, cast_like, divide, upcast
-from sam_optax.diagnostics._loss import Loss, check_params, num_batches, scalar, shifted
+from sam_optax._tree import accumulator, cast_like, divide, shifted, upcast
+from sam_optax.diagnostics._loss import Loss, check_params, num_batches, scalar
 
 
 def filter_normalized_direction(key: jax.Array, params: Any) -> Any:

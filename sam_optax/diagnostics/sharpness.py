@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_number, resolve_mask
-from sam_optax._tree import accumulator, norm, punch, upcast
-from sam_optax.diagnostics._loss import Loss, check_params, scalar, shifted
+from sam_optax._tree import accumulator, norm, punch, shifted, upcast
+from sam_optax.diagnostics._loss import Loss, check_params, scalar
 from sam_optax.perturbations import steepest_ascent
 
 
