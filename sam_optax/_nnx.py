@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sam_optax._plan import Loss, checked_loss
+
 
 def import_nnx(function: str) -> Any:
     """``flax.nnx``, or an error that says how to get it."""
@@ -36,7 +38,7 @@ class Functional(NamedTuple):
         params: the parameters, pure.
         rest: all other variables, of the model and of the objects, pure.
         args: the arguments, with slots where objects stood.
-        loss: ``(params, *args) -> (loss, aux)``, where aux is ``(aux, rest)`` afterwards.
+        loss: a `Loss` of the parameters, which carries the rest as it is afterwards.
         write: ``write(params, rest)`` puts values into the model and the objects; None leaves the
             parameters.
     """
@@ -44,7 +46,7 @@ class Functional(NamedTuple):
     params: Any
     rest: Any
     args: tuple
-    loss: Callable
+    loss: Loss
     write: Callable
 
 
@@ -73,9 +75,12 @@ def functional(
     slotted = jax.tree.map(take_out, (args, kwargs), is_leaf=is_object)
     is_param = nnx.filterlib.to_predicate(wrt)
     node = (model, tuple(objects))
-    graph, chosen, rest = nnx.split(
-        node, lambda path, value: path[0] == 0 and is_param(path[1:], value), ...
-    )
+
+    def split(node):
+        """The model's parameters, and all else."""
+        return nnx.split(node, lambda path, x: path[0] == 0 and is_param(path[1:], x), ...)
+
+    graph, chosen, rest = split(node)
     params, rest = nnx.as_pure(chosen).get(0, nnx.State({})), nnx.as_pure(rest)
 
     def put_back(tree, copies):
@@ -87,30 +92,16 @@ def functional(
 
     def loss(params, *args):
         copy, copies = nnx.merge(graph, nnx.State({0: params}), rest, copy=True)
-        result = loss_fn(copy, *put_back(args, copies), **put_back(slotted[1], copies))
-        after = nnx.as_pure(
-            nnx.split(
-                (copy, copies), lambda path, value: path[0] == 0 and is_param(path[1:], value), ...
-            )[2]
-        )
+        here = checked_loss(loss_fn, has_aux, put_back(slotted[1], copies), function)
+        value, (aux, _) = here(copy, *put_back(args, copies))
+        after = nnx.as_pure(split((copy, copies))[2])
         if jax.tree.structure(after) != jax.tree.structure(rest):
             raise ValueError(
                 f"{function}: the loss must leave the model the variables it has, but it added or "
                 "removed some. Intermediates: call the model within `nnx.capture` in the loss, and "
                 "return them as auxiliary output."
             )
-        if not has_aux and isinstance(result, tuple):
-            raise TypeError(
-                f"{function}: the loss returned a tuple; (loss, aux) needs has_aux=True."
-            )
-        if not has_aux:
-            return result, ((), after)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                f"{function}: with has_aux=True the loss must return (loss, aux), got "
-                f"{type(result).__name__}."
-            )
-        return result[0], (result[1], after)
+        return value, (aux, after)
 
     def write(params, rest):
         if params is not None:

@@ -205,8 +205,9 @@ def nnx_sharpness_aware_value_and_grad(
     ) -> tuple[Estimate, MethodState]:
         plan.check_keywords(args, kwargs)
         pure = functional(function, loss_fn, model, wrt, args, kwargs, has_aux)
-        loss = checked_loss(pure.loss, True, {}, function, split=lambda aux: aux)
-        found, state, (_, rest) = _estimate(plan, loss, pure.params, state, pure.args, extra_args)
+        found, state, (_, rest) = _estimate(
+            plan, pure.loss, pure.params, state, pure.args, extra_args
+        )
         pure.write(None, rest)
         # As `nnx.grad` returns them: `nnx.Optimizer` looks for variables of its kind.
         variables = jax.tree.structure(nnx.state(model, wrt))

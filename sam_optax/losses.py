@@ -157,12 +157,10 @@ def sharpness_aware_loss(
             return trees[0] if isinstance(argnums, int) else tuple(trees)
 
         _check_method(function, chosen, tree_of(params))
-        checked = checked_loss(loss_fn, has_aux, {}, function)
 
         def traced(params, others):
             here, keywords = rebuilt(params, others)
-            loss = checked if not keywords else checked_loss(loss_fn, has_aux, keywords, function)
-            value, (aux, _) = loss(*here)
+            value, (aux, _) = checked_loss(loss_fn, has_aux, keywords, function)(*here)
             return value, aux
 
         # What the loss closes over becomes an argument: a rule that closed over it would be run

@@ -328,8 +328,7 @@ def nnx_step(
     )
     plan.check_keywords(args, kwargs)
     pure = functional("nnx_step", loss_fn, model, optimizer.wrt, args, kwargs, has_aux)
-    loss = checked_loss(pure.loss, True, {}, plan.function, split=lambda aux: aux)
-    passes = two_gradients(loss, optimizer.tx, plan, loss_scale, skip_nonfinite, extra_args)
+    passes = two_gradients(pure.loss, optimizer.tx, plan, loss_scale, skip_nonfinite, extra_args)
     result = passes.run(pure.params, nnx.as_pure(optimizer.opt_state), pure.args)
     rest = select(result.taken, result.carried, pure.rest) if skip_nonfinite else result.carried
     pure.write(result.params, rest)
