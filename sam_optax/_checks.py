@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.core
@@ -73,6 +74,25 @@ def hyperparameter(function: str, argument: str, value: Any, *args: Any, **range
         return found
 
     return at
+
+
+_Parameters = ParamSpec("_Parameters")
+_Built = TypeVar("_Built")
+
+
+def in_its_name(build: Callable[_Parameters, _Built]) -> Callable[_Parameters, _Built]:
+    """Put the name of the method that was called in front of what its parts complain about."""
+
+    @functools.wraps(build)
+    def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Built:
+        try:
+            return build(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if type(error) not in (TypeError, ValueError):  # one of JAX's own
+                raise
+            raise type(error)(f"{build.__name__}: {error}") from None
+
+    return named
 
 
 def check_key(function: str, key: Any) -> None:

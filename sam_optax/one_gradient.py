@@ -15,10 +15,9 @@ The examples share one problem: the curvatures are 1 and 4, and at w = (4, 0.75)
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from sam_optax._checks import (
     check_parts,
     find_states,
     hyperparameter,
+    in_its_name,
     resolve_mask,
     with_keywords,
 )
@@ -394,29 +394,8 @@ def _wrapped(plain: Any, params: Params) -> Params:
 
 # --- Methods --------------------------------------------------------------------------------------
 
-_Parameters = ParamSpec("_Parameters")
 
-
-def _method(
-    build: Callable[_Parameters, optax.GradientTransformationExtraArgs],
-) -> Callable[_Parameters, optax.GradientTransformationExtraArgs]:
-    """Put the method's name in front of complaints."""
-
-    @functools.wraps(build)
-    def named(
-        *args: _Parameters.args, **kwargs: _Parameters.kwargs
-    ) -> optax.GradientTransformationExtraArgs:
-        try:
-            return build(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if type(error) not in (TypeError, ValueError):  # one of JAX's own
-                raise
-            raise type(error)(f"{build.__name__}: {error}") from None
-
-    return named
-
-
-@_method
+@in_its_name
 def single_step_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.1,
@@ -479,7 +458,7 @@ def _trace(momentum: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update)
 
 
-@_method
+@in_its_name
 def momentum_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.3,
@@ -540,7 +519,7 @@ def momentum_sam(
     return one_gradient(base, perturbation, mask=mask, in_place=in_place)
 
 
-@_method
+@in_its_name
 def random_weight_perturbation(
     base: optax.GradientTransformation,
     key: jax.Array,

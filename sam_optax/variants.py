@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import check_number, hyperparameter
+from sam_optax._checks import check_number, hyperparameter, in_its_name
 from sam_optax._types import ScalarOrSchedule
 from sam_optax.combinator import SharpnessAware, sharpness_aware
 from sam_optax.perturbations import (
@@ -80,15 +80,11 @@ def _method(
     *own, _ = signature.parameters.values()  # the last of them is `**common`
     signature = signature.replace(parameters=[*own, *_COMMON])
 
+    @in_its_name
     @functools.wraps(build)
     def named(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> SharpnessAware:
-        try:
-            signature.bind(*args, **kwargs)
-            return build(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if type(error) not in (TypeError, ValueError):  # one of JAX's own
-                raise
-            raise type(error)(f"{build.__name__}: {error}") from None
+        signature.bind(*args, **kwargs)  # `**common` would take what `sharpness_aware` takes
+        return build(*args, **kwargs)
 
     named.__signature__ = signature  # type: ignore[attr-defined]
     return named
