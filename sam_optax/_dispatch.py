@@ -121,7 +121,7 @@ def host_dispatched(
     @functools.partial(jax.jit, static_argnums=0)
     def begin(call, params, opt_state, traced):
         both, args = passes(call, traced)
-        first = both.start(params, args)
+        first = both.start(params, opt_state, args)
         seen = tx.parts.method.seen(params, both.clean_gradient(first))
         return first, policy.decide(seen, opt_state.step, opt_state.policy)[0]
 

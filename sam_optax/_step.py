@@ -187,12 +187,12 @@ class Step(NamedTuple):
     skip_nonfinite: bool = False
     extra_args: Mapping[str, Any] | None = None
 
-    def start(self, params: Any, args: tuple) -> Evaluation:
-        """The clean evaluation, of every group where there are some.
-
-        With a one-gradient optimizer it is the one at the displaced parameters, given as such.
-        """
-        return self.plan.look(self.clean, params, args)
+    def start(self, params: Any, opt_state: Any, args: tuple) -> Evaluation:
+        """The first evaluation, of every group where there are some: at the clean parameters, or
+        where a one-gradient optimizer displaces them to."""
+        check_alive(self.plan.function, params=params, opt_state=opt_state)
+        _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
+        return self.plan.look(self.clean, displaced_params(params, opt_state), args)
 
     def clean_gradient(self, first: Evaluation) -> Any:
         """The clean gradient on the whole batch, from what `start` returned."""
@@ -253,10 +253,8 @@ class Step(NamedTuple):
 
     def run(self, params: Any, opt_state: Any, args: tuple, ascend: Any = None) -> Result:
         """The whole step."""
-        check_alive(self.plan.function, params=params, opt_state=opt_state)
-        _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
-        point = displaced_params(params, opt_state)
-        return self.finish(params, opt_state, args, self.start(point, args), ascend)
+        first = self.start(params, opt_state, args)
+        return self.finish(params, opt_state, args, first, ascend)
 
     def _watched(self, point: Any, clean_aux: Any, *args: Any) -> Evaluation:
         """The perturbed evaluation; its loss is infinite where a gradient to be skipped is not

@@ -9,6 +9,11 @@ r"""One gradient a step: the gradient just seen displaces the next evaluation.
 Every perturbation of the library is so a method at the price of plain training, in trainers that
 never heard of a second gradient.
 
+Accuracies in the docstrings below are those of a prototype of these formulas on the problem of
+``examples/compare.py`` (scikit-learn's digits, 40 % wrong training labels; its network and base
+optimizer, 100 epochs): on clean test labels, after the last epoch, means over 5 seeds, with spreads
+of 1 to 3 points.
+
 The examples share one problem: the curvatures are 1 and 4, and at w = (4, 0.75) the gradient is
 (4, 3).
 """
