@@ -97,8 +97,12 @@ def sharpness_aware_loss(
         step: the step count, for methods with schedules, random draws or a policy of the step.
 
     Returns:
-        A function with the signature and value of ``loss_fn``. It costs what ``loss_fn`` costs
-        until it is differentiated; then, one gradient more per ascent.
+        A function with the signature and value of ``loss_fn``; gradients have the shapes and dtypes
+        of the parameters.
+
+    Cost: that of ``loss_fn`` until it is differentiated; then, one gradient more per ascent, and
+    while it lasts one copy of the perturbed leaves. It is traced once more, to find what it closes
+    over.
 
     Reduces to: ``loss_fn`` for eps = 0 and for the policy `never`.
 

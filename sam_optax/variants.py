@@ -829,6 +829,8 @@ def proportional_rho(
     Returns:
         An Optax schedule, to be passed as ``rho``.
 
+    Cost: a few scalars per step.
+
     Raises:
         ValueError: a bound is negative, or a minimum above its maximum.
 
