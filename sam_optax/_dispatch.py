@@ -14,8 +14,9 @@ import optax
 
 from sam_optax._checks import check_alive, is_array
 from sam_optax._plan import checked_loss
-from sam_optax._step import StepMetrics, plan_for, two_gradients
+from sam_optax._step import StepMetrics, find_info, plan_for, two_gradients
 from sam_optax.combinator import SharpnessAware
+from sam_optax.policies import never
 
 
 def _is_traced(x: Any) -> bool:
@@ -47,7 +48,8 @@ def host_dispatched(
 
     Args:
         loss_fn: as for `two_gradient_step`.
-        tx: what `sharpness_aware` or a method returned, itself.
+        tx: what `sharpness_aware` or a method returned, itself; or an optimizer of one gradient a
+            step, of which there is one program.
         has_aux, aux_from, num_groups, num_microbatches, batch_argnums, aux_reduce, skip_nonfinite:
             see `sam_optax.training`.
         donate: whether params and opt_state are donated, so that their memory is used again; the
@@ -60,7 +62,8 @@ def host_dispatched(
         one compiles anew. Not to be called under ``jit``.
 
     Raises:
-        TypeError: ``tx`` is not what `sharpness_aware` returned; the step is called under ``jit``.
+        TypeError: ``tx`` is a transformation around what `sharpness_aware` returned; the step is
+            called under ``jit``.
         ValueError: as `two_gradient_step`.
 
     Cost: as `two_gradient_step`, without a ``cond``; two programs to compile.
@@ -80,12 +83,6 @@ def host_dispatched(
         False
         True
     """
-    if not isinstance(tx, SharpnessAware):
-        raise TypeError(
-            "host_dispatched: `tx` must be what `sharpness_aware` or a method such as `look_sam` "
-            f"returned, since its policy is asked on the host; got {type(tx).__name__}. Put what "
-            "follows the ascent into its `base`."
-        )
     plan = plan_for(
         "host_dispatched",
         tx,
@@ -100,7 +97,7 @@ def host_dispatched(
             f"host_dispatched: `tx` averages over the mapped axes {plan.axes}, but the host "
             "decides outside of them. Leave `axis_name` out, and use `num_groups=` for m-sharpness."
         )
-    policy = tx.parts.method.policy
+    policy = tx.parts.method.policy if isinstance(tx, SharpnessAware) else never()
     donated = (2, 3) if donate else ()
 
     def passes(call, traced):
@@ -150,14 +147,22 @@ def host_dispatched(
                 "jit, or use `two_gradient_step`."
             )
         check_alive("host_dispatched", params=params, opt_state=opt_state)
+        if not isinstance(tx, SharpnessAware) and find_info(opt_state) is not None:
+            raise TypeError(
+                "host_dispatched: `tx` must be what `sharpness_aware` or a method such as "
+                "`look_sam` returned, since its policy is asked on the host, and not a "
+                "transformation around it. Put what follows the ascent into its `base`."
+            )
         call = (structure, tuple(_TRACED if _is_traced(x) else x for x in leaves))
         _check_static(call[1])
         traced = [x for x in leaves if _is_traced(x)]
         if policy.needs_gradient:
             first, ascend = begin(call, params, opt_state, traced)
             return end(call, _read(ascend), params, opt_state, traced, first)
-        ascend = decide(opt_state.step, opt_state.policy)
-        return whole(call, _read(ascend), params, opt_state, traced)
+        ascend = False
+        if isinstance(tx, SharpnessAware):
+            ascend = _read(decide(opt_state.step, opt_state.policy))
+        return whole(call, ascend, params, opt_state, traced)
 
     return step
 

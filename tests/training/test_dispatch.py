@@ -10,7 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from sam_optax import ae_sam, perturbations, policies, sharpness_aware, surrogates
+from sam_optax import (
+    ae_sam,
+    perturbations,
+    policies,
+    sharpness_aware,
+    single_step_sam,
+    surrogates,
+)
 from sam_optax._types import Policy
 from sam_optax.training import host_dispatched, two_gradient_step
 from tests.oracles.problems import one_batch
@@ -91,6 +98,17 @@ def test_options(name, options: dict[str, Any]):
     tx = optimizer(POLICIES[name])
     step = host_dispatched(loss_fn, tx, **options)
     check(tx, step, {k: v for k, v in options.items() if k != "donate"})
+
+
+def test_methods_of_one_gradient_and_plain_optimizers_are_one_program():
+    params, *batch = one_batch()
+    base = optax.sgd(0.1, momentum=0.9)
+    for tx in (base, optax.chain(optax.clip(1.0), single_step_sam(base, 0.3, in_place=True))):
+        assert check(tx, host_dispatched(loss_fn, tx, donate=True), {}) == {False}
+
+    around = optax.chain(optax.clip(1.0), optimizer(POLICIES["every"]))
+    with pytest.raises(TypeError, match=r"^host_dispatched: .*not a transformation around it"):
+        host_dispatched(loss_fn, around)(params, around.init(params), *batch)
 
 
 @pytest.mark.parametrize("name", ["every", "above_gradient_norm"])
