@@ -124,6 +124,18 @@ def every_second(tx: Any, **options: Any) -> Any:
     )
 
 
+def one_gradient_methods() -> Iterator[tuple[str, optax.GradientTransformation]]:
+    """The methods of one gradient a step, and one that a trainer need not know of."""
+    yield "single_step_sam", sam_optax.single_step_sam(base_optimizer())
+    yield (
+        "single_step_sam, in_place=True",
+        sam_optax.single_step_sam(base_optimizer(), in_place=True),
+    )
+    yield "momentum_sam", sam_optax.momentum_sam(base_optimizer())
+    noise = sam_optax.random_weight_perturbation(base_optimizer(), jax.random.key(0))
+    yield "random_weight_perturbation", noise
+
+
 def compared(loss: Callable) -> dict[str, Entry]:
     """SAM, beside what it is compared with."""
     table = {
@@ -138,9 +150,12 @@ def compared(loss: Callable) -> dict[str, Entry]:
     return table
 
 
+def steps(loss: Callable, named: Iterable[tuple]) -> dict[str, Entry]:
+    return {name: Entry(tx.init, two_gradient_step(loss, tx)) for name, tx in named}
+
+
 def every_method(loss: Callable) -> dict[str, Entry]:
-    others = {name: Entry(tx.init, two_gradient_step(loss, tx)) for name, tx in methods()}
-    return compared(loss) | others
+    return compared(loss) | steps(loss, methods()) | steps(loss, one_gradient_methods())
 
 
 def with_selection(losses: Callable, loss: Callable) -> dict[str, Entry]:
@@ -148,11 +163,15 @@ def with_selection(losses: Callable, loss: Callable) -> dict[str, Entry]:
     tx = sam_optax.sam(base_optimizer())
     adaptive = every_second(sam_optax.ae_sam(base_optimizer(), 1000))
     hosted = host_dispatched(loss, adaptive, donate=True)
-    return compared(loss) | {
-        "ae_sam, host_dispatched": Entry(adaptive.init, hosted, jitted=True),
-        "esam_step(gamma=0.5)": Entry(tx.init, esam_step(losses, tx, gamma=0.5)),
-        "ksam_step(gamma=0.5)": Entry(tx.init, ksam_step(losses, tx, gamma=0.5)),
-    }
+    return (
+        compared(loss)
+        | steps(loss, one_gradient_methods())
+        | {
+            "ae_sam, host_dispatched": Entry(adaptive.init, hosted, jitted=True),
+            "esam_step(gamma=0.5)": Entry(tx.init, esam_step(losses, tx, gamma=0.5)),
+            "ksam_step(gamma=0.5)": Entry(tx.init, ksam_step(losses, tx, gamma=0.5)),
+        }
+    )
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -189,6 +208,10 @@ def network(name: str, batch: int, dtype: Any = jnp.float32) -> tuple:
 # --- Measuring ------------------------------------------------------------------------------------
 
 
+def size(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
 class Program:
     """A step, traced and compiled as often as asked."""
 
@@ -213,8 +236,8 @@ class Program:
     @property
     def copies(self) -> float | None:
         """Temporary memory, in copies of the parameters."""
-        size = getattr(self.compiled.memory_analysis(), "temp_size_in_bytes", None)
-        return None if size is None else size / sum(x.nbytes for x in jax.tree.leaves(self.args[0]))
+        temporary = getattr(self.compiled.memory_analysis(), "temp_size_in_bytes", None)
+        return None if temporary is None else temporary / size(self.args[0])
 
 
 class Runner:
@@ -223,6 +246,7 @@ class Runner:
     def __init__(self, entry: Entry, args: tuple):
         params, *self.batch = args
         self.params, self.state = jax.tree.map(jnp.copy, params), jax.jit(entry.init)(params)
+        self.stored = size(self.state) / size(params)
         self.times: list[float] = []
         self.copies = None
         self.step = entry.step
@@ -273,9 +297,11 @@ def step_times(entries: dict[str, Entry], args: tuple, rounds: int, steps: int) 
         low, middle, high = statistics.quantiles(runner.times, n=4, method="inclusive")
         times = [number(1e3 * middle, 2), number(1e3 * (high - low), 2)]
         ratios = [number(ratio(runner.times, other)) for other in against]
-        return [name, *times, *ratios, number(runner.copies, 2)]
+        stored = runner.stored - runners["base"].stored
+        return [name, *times, *ratios, number(runner.copies, 2), number(stored, 2)]
 
-    heads = ["", "ms", "IQR", "/ base", "/ two gradients", "/ by hand", "/ optax", "copies"]
+    heads = ["", "ms", "IQR", "/ base", "/ two gradients", "/ by hand", "/ optax"]
+    heads += ["copies", "stored"]
     return markdown(heads, (row(*item) for item in runners.items()))
 
 
@@ -370,7 +396,7 @@ def built(make_problem: Callable, entries: Callable = compared) -> Callable:
 TABLES = {
     "mlp-128": Table(timed("mlp", 128, 6), 30, False),
     "mlp-256": Table(timed("mlp", 256, 4), 30, False),
-    "resnet18-8": Table(timed("resnet18", 8, 2, "selection"), 12, False),
+    "resnet18-8": Table(timed("resnet18", 8, 2, "selection"), 60, False),
     "compile-resnet18": Table(built(lambda: network("resnet18", 8)), 3),
     "compile-vit_s4": Table(built(lambda: network("vit_s4", 2)), 2),
     "compile-60": Table(built(lambda: leaves(60)), 5),
