@@ -27,7 +27,17 @@ NAMED: dict[str, Callable] = {
     if getattr(function, "__module__", None) == variants.__name__  # defined, not imported, there
     if "base" in inspect.signature(function).parameters
 }
-"""The library's methods, in the order in which it defines them."""
+"""The library's methods of two gradients, in the order in which it defines them."""
+
+ONE_GRADIENT: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        sam_optax.single_step_sam,
+        sam_optax.momentum_sam,
+        sam_optax.random_weight_perturbation,
+    )
+}
+"""Those of one gradient a step."""
 
 
 def _esam(base, key, rho: Any = 0.05, beta: Any = 0.5, *, info: bool = False):
@@ -42,13 +52,38 @@ def _base(base, *, info: bool = False):
     return sam_optax.sharpness_aware(base, ascent, policy=policies.never(), info=info)
 
 
-METHODS: dict[str, Callable] = {"base": _base, **NAMED, "esam": _esam, "ksam": sam_optax.sam}
+def _tail(base, total_steps, rho: Any = 0.05, share: float = 0.5, *, info: bool = False):
+    """SAM in the last part of a run; before it, the base optimizer alone."""
+    start = round((1 - share) * total_steps)
+    late = policies.from_step(start, policies.always())
+    return sam_optax.sharpness_aware(
+        base, perturbations.steepest_ascent(rho), policy=late, info=info
+    )
+
+
+METHODS: dict[str, Callable] = {
+    "base": _base,
+    **NAMED,
+    **ONE_GRADIENT,
+    "tail": _tail,
+    "esam": _esam,
+    "ksam": sam_optax.sam,
+}
 # The share of the batch that the second gradient is taken on belongs to the step.
 STEP_OPTIONS = {"esam": {"gamma": 0.5}, "ksam": {"gamma": 0.5}}
 # What only a run knows, by the names of parameters.
 _KNOWN = ("learning_rate", "total_steps", "key")
 # No options: filled in by `optimizer`, or for other programs.
-_FILLED = ("base", *_KNOWN, "mask", "axis_name", "sync_perturbation", "info")
+_FILLED = (
+    "base",
+    *_KNOWN,
+    "momentum",
+    "mask",
+    "axis_name",
+    "sync_perturbation",
+    "info",
+    "in_place",
+)
 
 
 class Setting(NamedTuple):
@@ -59,12 +94,14 @@ class Setting(NamedTuple):
         peak: its largest value.
         total_steps: number of steps of the run.
         key: PRNG key of the method.
+        momentum: the base optimizer's, which `momentum_sam` looks ahead along.
     """
 
     learning_rate: optax.Schedule
     peak: float
     total_steps: int
     key: jax.Array
+    momentum: float = 0.9
 
 
 def _known(function: Callable, setting: Setting) -> dict[str, Any]:
@@ -181,7 +218,8 @@ def optimizer(
         options: by name, see `options_of`.
         base: the base optimizer.
         setting: the run.
-        info: whether ``state.info`` has norms and cosine, which the trainer writes down.
+        info: whether ``state.info`` has norms and cosine, which the trainer writes down; methods
+            of one gradient have none.
     """
     check_options(method, options)
     function = METHODS[method]
@@ -190,8 +228,13 @@ def optimizer(
         for name, value in options.items()
         if name not in STEP_OPTIONS.get(method, {})
     }
+    parameters = inspect.signature(function).parameters
+    if "info" in parameters:
+        given["info"] = info
+    if "momentum" in parameters:
+        given["momentum"] = setting.momentum
     try:
-        return function(base, **_known(function, setting), **given, info=info)
+        return function(base, **_known(function, setting), **given)
     except TypeError as error:
         raise ValueError(str(error)) from None
 

@@ -156,12 +156,13 @@ def _rows(experiment: dict, block: dict, thin: bool) -> Iterator[dict]:
                 pair = {"lambda_1": float(low), "lambda_2": float(high)}
                 yield {"label": f"{low:+d}, {high:+d}", **pair}
         return
-    if "sweep" not in experiment:
-        yield from rows
-        return
-    name = experiment["x"]
     for row in rows or [{"label": ""}]:
-        for value in _ends(experiment["sweep"]) if thin else experiment["sweep"]:
+        row = dict(row)
+        values, name = row.pop("sweep", experiment.get("sweep")), experiment.get("x")
+        if values is None:
+            yield row
+            continue
+        for value in _ends(values) if thin else values:
             known = block.get("paper_at", {}).get(f"{row['label']} {value}", ())
             label = f"{row['label']} {name} = {value}".strip()
             yield row | {"label": label, name: value, "x": value, "paper": known}
@@ -485,12 +486,13 @@ def _scaled_down(job: Job) -> str:
 def table(job: Job) -> None:
     """Ours beside the paper's, a row for each cell; a line plot where there is an x."""
     measure = MEASURES[job.experiment["measure"]]
-    rows, lines = [], {}
+    rows, lines, levels = [], {}, {}
     for cell in cells(job):
         reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
         mean, std = _mean_std([measure(report) for report in reports])
         share = statistics.fmean(report["percent_sam"] for report in reports)
         seconds = statistics.fmean(report["seconds_per_epoch"] for report in reports)
+        gradients = statistics.fmean(report["gradients"] for report in reports)
         paper, paper_std, paper_share = (*cell.paper, *[math.nan] * (3 - len(cell.paper)))
         difference = f"{mean - paper:+.2f}" if cell.paper else ""
         rows.append(
@@ -502,23 +504,30 @@ def table(job: Job) -> None:
                 difference,
                 _number(share, 1),
                 _number(paper_share, 1),
+                f"{gradients:.0f}",
                 f"{seconds:.2f}",
             ]
         )
-        if cell.x is not None:
+        if cell.x is None:
+            levels.setdefault(cell.block, {})[cell.label] = mean
+        else:
             name = cell.label.split(f" {job.experiment['x']} = ")[0]
             name = job.name if " = " in name else name
             lines.setdefault(cell.block, {}).setdefault(name, []).append((cell.x, mean, std))
     what = f"{job.experiment['measure']} (%)"
-    header = ["", "method", f"our {what}", "paper", "difference", "%SAM", "paper", "s / epoch"]
+    header = ["", "method", f"our {what}", "paper", "difference", "%SAM", "paper"]
+    header += ["gradients", "s / epoch"]
     _print(job, header, rows)
     if lines:
         with _figure(job, list(lines)) as panels:
-            for axes, series in zip(panels, lines.values(), strict=True):
+            for axes, (block, series) in zip(panels, lines.items(), strict=True):
                 for name, points in series.items():
                     x, y, error = map(np.array, zip(*points, strict=True))
                     axes.errorbar(x, y, np.nan_to_num(error), marker="o", label=name)
-                axes.set(xlabel=job.experiment["x"], ylabel=what)
+                for name, level in levels.get(block, {}).items():
+                    axes.axhline(level, color="gray", linestyle=":", label=name)
+                scale = job.experiment.get("xscale", "linear")
+                axes.set(xlabel=job.experiment["x"], ylabel=what, xscale=scale)
                 axes.legend(fontsize="x-small")
 
 

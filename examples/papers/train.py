@@ -194,6 +194,7 @@ class Config:
             self.learning_rate,
             total,
             jax.random.key(self.seed + 1),
+            self.momentum,
         )
         spec = {"name": self.base} if isinstance(self.base, str) else dict(self.base)
         if spec.get("name") == "sgd":
@@ -377,7 +378,8 @@ class Run:
             params, opt_state, metrics = step(
                 state.params, state.opt_state, state.stats, images, labels
             )
-            scalars = {name: getattr(metrics, name) for name in _SCALARS}
+            measured = {name: getattr(metrics, name) for name in _SCALARS}
+            scalars = {name: x for name, x in measured.items() if x is not None}
             scalars["accuracy"] = metrics.aux["accuracy"]
             return State(params, metrics.aux["stats"], opt_state), scalars
 
@@ -501,15 +503,19 @@ def _mean(values: np.ndarray, steps: np.ndarray) -> float:
 
 def _summary(steps: dict[str, np.ndarray]) -> dict[str, float]:
     """An epoch's row of metrics, from its steps."""
+    row = {
+        "train_loss": float(np.mean(steps["loss"])),
+        "train_accuracy": float(np.mean(steps["accuracy"])),
+        "percent_sam": 100 * float(np.mean(steps["ascended"])),
+    }
+    if "cosine" not in steps:  # one gradient a step: there is no second one to compare with
+        return row
     g, gp, cosine = steps["grad_norm"], steps["perturbed_grad_norm"], steps["cosine"]
     ascended = steps["ascended"]  # The others measured nothing of a second gradient.
     moved = ascended & (gp > 0)
-    return {
-        "train_loss": float(np.mean(steps["loss"])),
-        "train_accuracy": float(np.mean(steps["accuracy"])),
+    return row | {
         "perturbed_loss": _mean(steps["perturbed_loss"], ascended),
         "surrogate_gap": _mean(steps["perturbed_loss"] - steps["loss"], ascended),
-        "percent_sam": 100 * float(np.mean(ascended)),
         "grad_norm": float(np.mean(g)),
         "squared_grad_norm": float(np.mean(np.square(g))),
         "perturbed_grad_norm": _mean(gp, ascended),
@@ -660,7 +666,8 @@ def fit(
 
     Returns:
         The report: ``test_accuracy`` and others at the end, ``best_test_accuracy``, ``lambda_max``,
-        ``seconds_per_epoch`` (median, without compiling), ``percent_sam``, and ``history``, a
+        ``seconds_per_epoch`` (median, without compiling), ``percent_sam``, ``gradients`` (of a
+        batch, in all), and ``history``, a
         dictionary per epoch.
 
     Raises:
@@ -747,6 +754,7 @@ def _report(run: Run, state: State, history: list[dict], before: int) -> dict[st
     # The first epoch of this process compiles.
     timed = [row["seconds"] for row in history[before + 1 :] or history[-1:]]
     held_out = len(run.data.validation.labels) > 0
+    percent_sam = statistics.fmean(row["percent_sam"] for row in history)
     return {
         "method": config.method,
         "seed": config.seed,
@@ -759,7 +767,8 @@ def _report(run: Run, state: State, history: list[dict], before: int) -> dict[st
         "train_loss": train_loss,
         "lambda_max": run.lambda_max(state) if config.hessian_examples else None,
         "seconds_per_epoch": statistics.median(timed),
-        "percent_sam": statistics.fmean(row["percent_sam"] for row in history),
+        "percent_sam": percent_sam,
+        "gradients": round(run.steps_per_epoch * config.epochs * (1 + percent_sam / 100)),
         "devices": f"{len(run.everywhere.device_set)} x {jax.devices()[0].device_kind}",
         "history": history,
     }

@@ -18,15 +18,17 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 def test_every_method_has_a_row_that_steps():
-    assert set(compare.METHODS) == {"sgd", *METHODS}
+    assert set(compare.METHODS) == {"sgd", "tail", *METHODS, *compare.methods.ONE_GRADIENT}
     assert set(compare.DEFAULT) <= set(compare.METHODS)
     schedule = optax.constant_schedule(0.1)
     params = jnp.array([1.0, 2.0])
     for name in compare.METHODS:
-        tx = compare.build(name, optax.sgd(schedule), 0.5, schedule, 10)
+        rho = compare.radius(name, 0.5)
+        tx = compare.build(name, optax.sgd(schedule), rho, schedule, 10)
         _, state = tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
-        ascends = name not in ("sgd", "ss_sam")  # for ss_sam, the draw decides
-        assert name == "ss_sam" or bool(state.info.ascended) == ascends
+        ascends = name not in ("sgd", "tail", *compare.methods.ONE_GRADIENT)
+        ascended = bool(optax.tree.get(state, "ascended", False))
+        assert name == "ss_sam" or ascended == ascends  # for ss_sam, the draw decides
 
 
 def test_split_is_of_all_digits():
@@ -57,8 +59,8 @@ def test_runs_write_table_and_figure(tmp_path, capsys):
         if "│" in line
     }
     assert set(rows) == {"sam", "look_sam"}
-    assert [cell.strip() for cell in (rows["sam"][0], rows["sam"][3])] == ["0.3", "100"]
-    assert rows["look_sam"][3].strip() == "20"  # k = 5, 20 steps
+    assert [cell.strip() for cell in (rows["sam"][0], rows["sam"][3])] == ["0.3", "40"]
+    assert rows["look_sam"][3].strip() == "24"  # k = 5, 20 steps
     assert "±" in rows["sam"][1]
     assert output.read_bytes().startswith(b"\x89PNG")
 
