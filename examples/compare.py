@@ -12,7 +12,9 @@ digits, then the mistakes: what is compared is how much of the second each metho
 
 Nothing here was tuned. Base optimizer, batch size, learning rate, weight decay and radius are those
 with which the WSAM paper (arXiv:2305.15817, Section 6.3 and Table 5) trains a ResNet at 40 % label
-noise; elementwise adaptive balls are ten times as large. All other settings are the library's.
+noise; elementwise adaptive balls are ten times as large. All other settings, and the radii of
+`momentum_sam` and `random_weight_perturbation`, are the library's. `tail` is SAM in the second half
+of the run. Gradients are those of a batch, over the whole run: what a method costs.
 """
 
 import argparse
@@ -38,9 +40,14 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from sam_optax import diagnostics
+from sam_optax.training import two_gradient_step
 
-METHODS = ("sgd", *methods.NAMED)
-DEFAULT = ("sgd", "sam", "asam", "wsam", "friendly_sam", "stable_sam", "ae_sam", "ae_look_sam")
+METHODS = ("sgd", *methods.NAMED, *methods.ONE_GRADIENT, "tail")
+DEFAULT = (
+    "sgd",
+    *("sam", "asam", "wsam", "friendly_sam", "stable_sam", "ae_sam", "ae_look_sam", "tail"),
+    *methods.ONE_GRADIENT,
+)
 # With label noise, the AE-SAM paper has the same thresholds for both of its methods.
 OPTIONS = {"ae_look_sam": {"lambda_1": -1.0, "lambda_2": 1.0}}
 
@@ -53,25 +60,31 @@ FLATNESS_CAPTION = (
 )
 
 
-def default_rho(name: str) -> float:
-    """Radius where ``--rho`` does not say otherwise."""
+def radius(name: str, rho: float | None) -> float | None:
+    """The radius of a row: ``--rho``, or its own; None for methods that have none."""
+    own = {} if name == "sgd" else methods.options_of(name)
+    if "rho" not in own:
+        return None
+    if rho is not None:
+        return rho
+    if name == "momentum_sam":
+        return own["rho"]
     return 2.0 if name.endswith("asam") else 0.2
 
 
 def build(
     name: str,
     base: optax.GradientTransformation,
-    rho: float,
+    rho: float | None,
     learning_rate: optax.Schedule,
     total_steps: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of one row."""
     peak = float(jnp.asarray(learning_rate(0)))
     setting = methods.Setting(learning_rate, peak, total_steps, jax.random.key(0))
-    if name == "sgd":  # through the same door: one loop serves all rows
-        return methods.optimizer("base", {}, base, setting, info=False)
-    options = {"rho": rho} | OPTIONS.get(name, {})
-    return methods.optimizer(name, options, base, setting, info=False)
+    options = ({} if rho is None else {"rho": rho}) | OPTIONS.get(name, {})
+    known = "base" if name == "sgd" else name
+    return methods.optimizer(known, options, base, setting, info=False)
 
 
 class Digits(NamedTuple):
@@ -130,23 +143,14 @@ def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs
     """One pass over the batches: ``(params, opt_state, batches) -> (params, opt_state, log)``.
 
     ``batches`` are images f32[steps, batch, 64] and labels i32[steps, batch]; the log holds, for
-    every step, the clean loss and whether the step ascended.
+    every step, the loss of the (first) gradient and whether the step took a second one.
     """
 
-    loss_fn = make_loss(graphdef)
+    train_step = two_gradient_step(make_loss(graphdef), tx)
 
     def step(carry, batch):
-        params, opt_state = carry
-
-        def value_and_grad_fn(at):  # the same batch in both passes
-            return jax.value_and_grad(loss_fn)(at, *batch)
-
-        loss, grads = value_and_grad_fn(params)
-        updates, opt_state = tx.update(
-            grads, opt_state, params, value_and_grad_fn=value_and_grad_fn
-        )
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state), (loss, optax.tree.get(opt_state, "ascended"))
+        *carry, metrics = train_step(*carry, *batch)
+        return tuple(carry), (metrics.loss, metrics.ascended)
 
     def epoch(params, opt_state, batches):
         (params, opt_state), log = jax.lax.scan(step, (params, opt_state), batches)
@@ -174,7 +178,8 @@ class Run(NamedTuple):
 
     Attributes:
         accuracy: f64[epochs], on the test set, after each epoch.
-        loss: f64[epochs], mean clean loss over the steps of each epoch, on the flipped labels.
+        loss: f64[epochs], mean loss over the steps of each epoch, on the flipped labels: the clean
+            one, or where a method of one gradient evaluates it.
         ascended: share of the steps that computed a second gradient.
         seconds: spent in training steps, without compilation and evaluation.
         flatness: with ``--diagnostics``.
@@ -210,7 +215,7 @@ def measure(graphdef: nnx.GraphDef, params, images, labels) -> Flatness:
 
 
 def train(
-    name: str, rho: float, digits: Digits, args: argparse.Namespace, advance: Callable
+    name: str, rho: float | None, digits: Digits, args: argparse.Namespace, advance: Callable
 ) -> list[Run]:
     """Train with one method, once per seed; ``advance(seed)`` is called after every epoch."""
     steps = TRAIN // args.batch_size
@@ -276,36 +281,37 @@ def flatness_cells(runs: list[Run]) -> list[str]:
     ]
 
 
-def tabulate(results: dict[str, tuple[float, list[Run]]], args: argparse.Namespace) -> Table:
+def tabulate(results: dict[str, tuple[float | None, list[Run]]], args: argparse.Namespace) -> Table:
     """One row per method."""
     plural = "" if args.seeds == 1 else "s"
     table = Table(
         title=f"digits, {100 * args.label_noise:g} % of the training labels flipped, "
         f"{args.epochs} epochs, {args.seeds} seed{plural}",
-        caption="Accuracy after the last epoch, on clean labels. Loss: clean pass, last epoch, "
-        "flipped labels.\nSeconds per seed, without compilation."
+        caption="Accuracy after the last epoch, on clean labels. Loss: first pass, last epoch, "
+        "flipped labels.\nGradients and seconds per seed, without compilation."
         + FLATNESS_CAPTION
         * args.diagnostics,
     )
     table.add_column("method")
-    for heading in ("rho", "test accuracy %", "train loss", "ascended %", "seconds"):
+    steps = args.epochs * (TRAIN // args.batch_size)
+    for heading in ("rho", "test accuracy %", "train loss", "gradients", "seconds"):
         table.add_column(heading, justify="right")
     for heading in ("lambda_max", "trace", "sharpness") if args.diagnostics else ():
         table.add_column(heading, justify="right")
     for name, (rho, runs) in results.items():
         table.add_row(
             name,
-            "-" if name == "sgd" else f"{rho:g}",
+            "-" if rho is None else f"{rho:g}",
             mean_and_std([100 * run.accuracy[-1] for run in runs], 1),
             mean_and_std([run.loss[-1] for run in runs], 3),
-            f"{100 * np.mean([run.ascended for run in runs]):.0f}",
+            f"{steps * (1 + np.mean([run.ascended for run in runs])):.0f}",
             f"{np.mean([run.seconds for run in runs]):.2f}",
             *flatness_cells(runs),
         )
     return table
 
 
-def draw(results: dict[str, tuple[float, list[Run]]], output: Path) -> None:
+def draw(results: dict[str, tuple[float | None, list[Run]]], output: Path) -> None:
     """Learning curves: mean over the seeds, and one standard deviation either side."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -325,7 +331,7 @@ def draw(results: dict[str, tuple[float, list[Run]]], output: Path) -> None:
                 epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0
             )
     for panel, label in zip(
-        panels, ("test accuracy (%)", "training loss (clean pass, flipped labels)"), strict=True
+        panels, ("test accuracy (%)", "training loss (first pass, flipped labels)"), strict=True
     ):
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -419,11 +425,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console=Console(stderr=True),
     )
     digits = load()
-    results: dict[str, tuple[float, list[Run]]] = {}
+    results: dict[str, tuple[float | None, list[Run]]] = {}
     with progress:
         bar = progress.add_task("", total=len(args.methods) * args.seeds * args.epochs)
         for name in args.methods:
-            rho = default_rho(name) if args.rho is None else args.rho
+            rho = radius(name, args.rho)
             progress.update(bar, description=f"{name}, compiling")
 
             def advance(seed: int, label: str = name) -> None:
