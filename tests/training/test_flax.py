@@ -182,12 +182,11 @@ class Small(nnx.Module):
 
 @pytest.mark.usefixtures("op_by_op")
 def test_nnx_rho_zero_is_the_plain_step_bit_for_bit():
-    base = optax.adamw(0.01, eps=1e-3)
     model, plain = (Small(nnx.Rngs(0)) for _ in range(2))
     x, y = data("resnet")
     x = x[:, 0, 0]
-    optimizer = nnx.Optimizer(model, sam_optax.sam(base, rho=0.0, info=True), wrt=nnx.Param)
-    plain_optimizer = nnx.Optimizer(plain, base, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, sam_optax.sam(BASE, rho=0.0, info=True), wrt=nnx.Param)
+    plain_optimizer = nnx.Optimizer(plain, BASE, wrt=nnx.Param)
 
     @nnx.jit
     def plain_step(model, optimizer, x, y):
