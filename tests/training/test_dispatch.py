@@ -24,7 +24,6 @@ POLICIES = {
     "never": policies.never(),
     "every": policies.every(3),
     "bernoulli": policies.bernoulli(jax.random.key(3), 0.5),
-    "from_step": policies.from_step(2, policies.every(2)),
     "late_bernoulli": policies.from_step(2, policies.bernoulli(jax.random.PRNGKey(1), 0.7)),
     "above_gradient_norm": policies.above_gradient_norm(6, lambda_1=2.0, lambda_2=-1.0),
 }
