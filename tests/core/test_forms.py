@@ -84,10 +84,10 @@ def test_the_gradient_form_is_the_optimizer_form(row, float64):
         return (optax.apply_updates(params, updates), state, opt_state), found.value
 
     def both(carry, batch):
-        one, other = carry
-        loss = problem.loss(other[0], batch)
-        one, (other, value) = by_optimizer(*one, batch), by_gradient(*other, batch)
-        return (one, other), (value, loss)
+        one, (params, state, opt_state) = carry
+        loss = problem.loss(params, batch)
+        other, value = by_gradient(params, state, opt_state, batch)
+        return (by_optimizer(*one, batch), other), (value, loss)
 
     @jax.jit
     def run(params):
