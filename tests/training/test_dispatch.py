@@ -92,6 +92,15 @@ def test_options(name, options: dict[str, Any]):
     check(tx, step, {k: v for k, v in options.items() if k != "donate"})
 
 
+def test_groups_decide_by_their_mean():
+    """Not by the first of them, whose gradient has the other sign."""
+    uphill = Policy(lambda params: (), lambda g, step, state: (g > 0, state))
+    tx = sharpness_aware(optax.sgd(0.1), perturbations.steepest_ascent(0.1), policy=uphill)
+    step = host_dispatched(lambda w, x: jnp.mean(x) * w, tx, num_groups=4)
+    w, x = jnp.ones(()), jnp.array([3.0, -1.0, -1.0, -2.0])
+    assert [bool(step(w, tx.init(w), sign * x)[2].ascended) for sign in (1, -1)] == [False, True]
+
+
 @pytest.mark.parametrize("name", ["every", "above_gradient_norm"])
 def test_one_gradient_on_a_stale_step_two_on_a_fresh_one(name):
     params, *_ = one_batch()
