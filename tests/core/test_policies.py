@@ -82,7 +82,8 @@ def test_a_policy_sees_the_perturbed_leaves_alone(form, mask):
             seen.append((bool(state.info.ascended), float(state.policy.mean)))
         return seen
 
-    loud, quiet = [0.0, 1e3, 0.0, 30.0, 1e-3], [0.0] * 5
+    # Loud where nothing else is: the others would not ascend there.
+    loud, quiet = [0.0, 1e-3, 1e3, 0.0, 30.0], [0.0] * 5
     wanted = walk(quiet, masked=True)
     assert walk(loud, masked=True) == wanted
     assert {ascended for ascended, _ in wanted} == {True, False}
