@@ -126,7 +126,7 @@ def _scaled(settings: dict, job: Job) -> dict:
     if "epochs" in scale:
         out["epochs"] = max(1, round(scale["epochs"] * out["epochs"]))
     if "batch_divisor" in scale:
-        out["batch_size"] = max(1, out["batch_size"] // scale["batch_divisor"])
+        out["batch_size"] = max(8, out["batch_size"] // scale["batch_divisor"])
     override = dict(scale.get("override", {}))
     # Only where an experiment asks for the Hessian.
     if not out.setdefault("hessian_examples", 0):

@@ -24,14 +24,13 @@ from tests.oracles.rows import (
     a_few_rows,
     assert_steps,
     base,
+    each_part,
     every_row,
     follow,
-    half_the_rows,
     named,
     oracle,
     problem32,
     problem64,
-    some_rows,
     stepper,
     untyped,
 )
@@ -60,14 +59,14 @@ def compiled(row: Row):
     return jax.jit(run)
 
 
-@half_the_rows
+@each_part
 def test_float32_stays_near_float64(row):
     """A guard against formulas that lose digits: the same six steps in half the precision."""
     walked, info = compiled(row)(problem32().params)[2:]
     assert_steps(walked, info, oracle(row), rtol=2e-4, atol=2e-5)
 
 
-@some_rows
+@a_few_rows
 def test_vmap(row):
     """An ensemble: every member walks as it does alone, though they decide differently."""
     starts = [regression(seed=seed).cast(np.float32).params for seed in range(3)]
@@ -150,7 +149,7 @@ def owned(row: Row) -> tuple[Any, Walk]:
     return step, Walk(pair, kept, counts, ascended, deleted, len(traces))
 
 
-@every_row
+@each_part
 def test_second_gradients_are_counted(row):
     """`grad_fn` runs, under jit, at the steps at which the oracle ascends, and only there."""
     _, walk = owned(row)
@@ -159,7 +158,7 @@ def test_second_gradients_are_counted(row):
     assert walk.ascended == planned
 
 
-@every_row
+@each_part
 def test_a_step_owns_its_arguments_and_is_traced_once(row):
     """Params and state are given away, every array of them, from the first step on."""
     _, walk = owned(row)
@@ -167,7 +166,7 @@ def test_a_step_owns_its_arguments_and_is_traced_once(row):
     assert walk.traces == 1
 
 
-@half_the_rows
+@each_part
 def test_with_and_without_the_perturbed_loss(row):
     """`grad_fn` and `value_and_grad_fn` are one step; only the second tells the loss."""
     (params, state), (known_params, known) = (
@@ -180,7 +179,7 @@ def test_with_and_without_the_perturbed_loss(row):
     chex.assert_trees_all_close((params, blank[0]), (known_params, blank[1]), rtol=1e-5, atol=1e-6)
 
 
-@every_row
+@each_part
 def test_resumed_run_is_the_run_without_interruption(row):
     """Bit for bit, through Flax's serialization of state and parameters."""
     step, walk = owned(row)

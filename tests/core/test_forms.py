@@ -37,7 +37,7 @@ from tests.oracles.rows import (
     LEARNING_RATE,
     ROWS,
     base,
-    every_row,
+    each_part,
     named,
     problem64,
     stepper,
@@ -66,7 +66,7 @@ STATELESS = [
 ]
 
 
-@every_row
+@each_part
 def test_the_gradient_form_is_the_optimizer_form(row, float64):
     problem = problem64()
     closed = base()
@@ -76,22 +76,26 @@ def test_the_gradient_form_is_the_optimizer_form(row, float64):
     extra = row.keywords(problem)
     by_optimizer = stepper(row, tx, problem)
 
-    @jax.jit
-    def by_gradient(params, state, opt_state, batch, step):
+    def by_gradient(params, state, opt_state, batch):
         found, state = sharp.value_and_grad(params, state, batch, extra_args=extra)
         updates, opt_state = closed.update(found.grads, opt_state, params)
         if found.decoupled is not None:  # past a closed base, by hand
             updates = jax.tree.map(lambda u, t: u - LEARNING_RATE * t, updates, found.decoupled)
-        return optax.apply_updates(params, updates), state, opt_state, found
+        return (optax.apply_updates(params, updates), state, opt_state), found.value
 
-    params, opt_state = problem.params, tx.init(problem.params)
-    params_2, state, opt_state_2 = problem.params, sharp.init(problem.params), closed.init(params)
-    for t in range(4):
-        batch = problem.batch(t)
-        loss = problem.loss(params_2, batch)
-        params, opt_state = by_optimizer(params, opt_state, batch)
-        params_2, state, opt_state_2, found = by_gradient(params_2, state, opt_state_2, batch, t)
-        np.testing.assert_allclose(found.value, loss, rtol=1e-12)
+    def both(carry, batch):
+        one, (params, state, opt_state) = carry
+        loss = problem.loss(params, batch)
+        other, value = by_gradient(params, state, opt_state, batch)
+        return (by_optimizer(*one, batch), other), (value, loss)
+
+    @jax.jit
+    def run(params):
+        start = (params, tx.init(params)), (params, sharp.init(params), closed.init(params))
+        return jax.lax.scan(both, start, problem.batches)
+
+    ((params, opt_state), (params_2, state, _)), (values, losses) = run(problem.params)
+    np.testing.assert_allclose(values, losses, rtol=1e-12)
     assert_close(params_2, params, rtol=1e-12)
     assert_close(state, opt_state.method, rtol=1e-12)
 

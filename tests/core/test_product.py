@@ -37,7 +37,7 @@ from sam_optax.surrogates import (
 )
 from tests.oracles import parts, references
 from tests.oracles.problems import follow, quartic
-from tests.oracles.rows import KEY, LEARNING_RATE, Facts, by_hand, measured, trajectory
+from tests.oracles.rows import KEY, LEARNING_RATE, Facts, by_hand, trajectory
 from tests.oracles.trees import flat
 
 RHO, STEPS = 0.3, 5
@@ -168,7 +168,6 @@ def test_product(perturbation, pairs, float64):
             rules[rule][0](),
             POLICIES[policy][0](),
             learning_rate=LEARNING_RATE,
-            info=True,
         )
         for rule, policy in pairs
     }
@@ -189,8 +188,7 @@ def test_product(perturbation, pairs, float64):
         np.testing.assert_allclose(
             trajectory(walked), [s.w for s in steps], rtol=1e-9, atol=1e-11, err_msg=name
         )
-        numbers = np.array([s[1:4] for s in steps], float)
-        np.testing.assert_allclose(measured(info)[:, :3], numbers, rtol=1e-9, err_msg=name)
+        assert info.ascended.tolist() == [s.ascended for s in steps], name
 
 
 @pytest.mark.parametrize("name", [name for name in RULES | RENORMALIZED if "clipped" not in name])

@@ -83,25 +83,31 @@ def test_schedules_out_of_range(name, argument):
             jax.eval_shape(functools.partial(step, tx), W)
 
 
+NO_NUMBERS = (
+    jnp.array([0.5]),
+    np.full(8, 0.5),
+    jnp.array(0.5 + 0j),
+    jnp.array(True),
+    True,
+    "0.5",
+    [0.5],
+)
+
+
 @every_case
 def test_what_is_no_number(name, argument):
-    """Every shape but (), every dtype but real ones, given or returned by a schedule."""
-    for bad in (
-        jnp.array([0.5]),
-        np.full(8, 0.5),
-        jnp.array(0.5 + 0j),
-        jnp.array(True),
-        True,
-        "0.5",
-        [0.5],
-    ):
+    """Every shape but (), every dtype but real ones, given or returned by a schedule: all of them
+    for SAM's radius, and two in turn for every argument, which one function checks."""
+    i = CASES.index((name, argument))
+    some = [NO_NUMBERS[(i + k) % len(NO_NUMBERS)] for k in (0, 3)]
+    for bad in NO_NUMBERS if name == "sam" else some:
         with pytest.raises(TypeError, match=rf"^{name}: \w+: `{argument}` must be a number"):
             build(name, argument, bad)
         tx = build(name, argument, lambda step, bad=bad: bad)
         match = rf"`{argument}\(step\)` must be a number"
         with pytest.raises(TypeError, match=match):
             jax.eval_shape(functools.partial(step, tx), W)
-    for shape in ((1,), (8,)):
+    for shape in ((1,), (8,)) if name == "sam" else ((8,),):
         tx = build(name, argument, lambda step, shape=shape: jnp.full(shape, 0.5) * step)
         with pytest.raises(TypeError, match=rf"`{argument}\(step\)` .* of shape \({shape[0]},"):
             jax.eval_shape(functools.partial(step, tx), W)

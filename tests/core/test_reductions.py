@@ -27,9 +27,9 @@ from sam_optax.surrogates import (
     renormalized,
 )
 from tests.oracles import problems
+from tests.oracles.problems import quartic
 from tests.oracles.rows import (
     KEY,
-    PROBLEM,
     RHO,
     problem64,
     trajectory,
@@ -135,7 +135,7 @@ REDUCTIONS = {
 
 @functools.cache
 def walk(make: Any) -> np.ndarray:
-    return trajectory(jax.jit(lambda: problems.follow(PROBLEM, make())[1][0])())
+    return trajectory(jax.jit(lambda: problems.follow(quartic(6), make())[1][0])())
 
 
 @pytest.mark.parametrize(("one", "other"), REDUCTIONS.values(), ids=REDUCTIONS)

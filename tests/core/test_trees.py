@@ -1,4 +1,4 @@
-"""Every row on the trees that people have: masked, empty, of any dtype, with any numbers."""
+"""Every part on the trees that people have: masked, empty, of any dtype, with any numbers."""
 
 import functools
 from collections.abc import Hashable
@@ -21,7 +21,7 @@ from tests.oracles.rows import (
     a_few_rows,
     assert_steps,
     base,
-    every_row,
+    each_part,
     follow,
     named,
     oracle,
@@ -91,7 +91,7 @@ def check_specs(tx, trees, gradient=jax.grad(bowl)):  # noqa: B008
     return states
 
 
-@every_row
+@each_part
 def test_odd_trees(row):
     """Scalars, empty leaves, None, tuples, half precision: structure and dtypes stay."""
     trees = odd_trees()
@@ -106,7 +106,7 @@ def test_odd_trees_are_trained(row):
     assert flat(updates).any()
 
 
-@every_row
+@each_part
 def test_empty_trees_and_masks_that_keep_nothing(row):
     """Nothing to perturb is no error, and no NaN: eps = 0, and the base optimizer's step."""
     params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
@@ -134,7 +134,7 @@ def of_every_kind():
     return {kind: jax.tree.map(lambda x, kind=kind: x.astype(kind), leaves) for kind in KINDS}
 
 
-@every_row
+@each_part
 def test_dtypes(row, float64):
     """From half to double precision, mixed: updates and state keep theirs."""
     kinds = of_every_kind()
@@ -144,7 +144,7 @@ def test_dtypes(row, float64):
     assert states["all"].info.grad_norm.dtype == jnp.float64
 
 
-@every_row
+@each_part
 def test_strict_promotion(row):
     """`jax_numpy_dtype_promotion=strict`, as careful users have it, finds nothing to complain."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -229,7 +229,7 @@ def sized(row):
     return run
 
 
-@every_row
+@each_part
 def test_gradients_of_any_size(row):
     """Zero, tiny, huge: finite, and a normalized eps is as long as ever."""
     plain, zero = sized(row)(1.0), sized(row)(0.0)
@@ -251,7 +251,7 @@ def test_gradients_of_any_size(row):
             chex.assert_trees_all_close(scaled, plain[0], rtol=1e-4, atol=1e-6)
 
 
-@every_row
+@each_part
 def test_non_finite_gradients_stay_visible(row):
     for bad in (np.nan, np.inf):
         assert not np.isfinite(flat(sized(row)(bad)[0])).all()

@@ -149,10 +149,13 @@ def test_curvature_of_low_precision_parameters_is_float32():
     def loss(w):
         return jnp.sum(jnp.arange(1.0, 41.0) * w**2)
 
-    params = jnp.ones(40, jnp.bfloat16)
-    (top,) = diagnostics.hessian_top_eigenvalues(loss, params, KEY, num_iters=30)
-    trace, _ = diagnostics.hessian_trace(loss, params, KEY, num_samples=2)
-    grid, density = diagnostics.hessian_spectral_density(loss, params, KEY, num_iters=30)
+    @jax.jit
+    def run(params):
+        (top,) = diagnostics.hessian_top_eigenvalues(loss, params, KEY, num_iters=30)
+        trace, _ = diagnostics.hessian_trace(loss, params, KEY, num_samples=2)
+        return top, trace, diagnostics.hessian_spectral_density(loss, params, KEY, num_iters=30)
+
+    top, trace, (grid, density) = run(jnp.ones(40, jnp.bfloat16))
     assert top.dtype == trace.dtype == grid.dtype == density.dtype == jnp.float32
     np.testing.assert_allclose([top, trace], [80, 1640], rtol=1e-5)
 

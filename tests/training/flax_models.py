@@ -12,14 +12,11 @@ class LinenBlock(nn.Module):
     features: int
 
     def setup(self):
-        self.conv1 = nn.Conv(self.features, (3, 3), use_bias=False)
-        self.norm1 = nn.BatchNorm()
-        self.conv2 = nn.Conv(self.features, (3, 3), use_bias=False)
-        self.norm2 = nn.BatchNorm()
+        self.conv = nn.Conv(self.features, (3, 3), use_bias=False)
+        self.norm = nn.BatchNorm()
 
     def __call__(self, x, train):
-        h = nn.relu(self.norm1(self.conv1(x), use_running_average=not train))
-        return nn.relu(x + self.norm2(self.conv2(h), use_running_average=not train))
+        return nn.relu(x + self.norm(self.conv(x), use_running_average=not train))
 
 
 class LinenResNet(nn.Module):
@@ -43,14 +40,11 @@ class LinenResNet(nn.Module):
 class NnxBlock(nnx.Module):
     def __init__(self, features, rngs):
         conv = {"kernel_size": (3, 3), "use_bias": False, "rngs": rngs}
-        self.conv1 = nnx.Conv(features, features, **conv)
-        self.norm1 = nnx.BatchNorm(features, rngs=rngs)
-        self.conv2 = nnx.Conv(features, features, **conv)
-        self.norm2 = nnx.BatchNorm(features, rngs=rngs)
+        self.conv = nnx.Conv(features, features, **conv)
+        self.norm = nnx.BatchNorm(features, rngs=rngs)
 
     def __call__(self, x):
-        h = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(x + self.norm2(self.conv2(h)))
+        return nnx.relu(x + self.norm(self.conv(x)))
 
 
 class NnxResNet(nnx.Module):

@@ -49,8 +49,7 @@ def through_orbax(path, tree, target):
         return checkpointer.restore(path / "state", target)
 
 
-@pytest.mark.parametrize("name", ["ae_look_sam", "friendly_sam"])
-def test_linen(name, tmp_path):
+def test_linen(tmp_path, name="ae_look_sam"):
     def create(seed):
         key = jax.random.key(seed)
         variables = Net().init({"params": key, "dropout": key}, batches()[0])
@@ -96,8 +95,7 @@ class NnxNet(nnx.Module):
         return self.last(self.drop(self.norm(self.first(x))))
 
 
-@pytest.mark.parametrize("name", ["ae_look_sam", "friendly_sam"])
-def test_nnx(name, tmp_path):
+def test_nnx(tmp_path, name="friendly_sam"):
     def create(seed) -> Any:
         model = NnxNet(nnx.Rngs(seed))
         return model, nnx.Optimizer(model, METHODS[name](), wrt=nnx.Param)

@@ -31,7 +31,6 @@ POLICIES = {
     "never": policies.never(),
     "every": policies.every(3),
     "bernoulli": policies.bernoulli(jax.random.key(3), 0.5),
-    "from_step": policies.from_step(2, policies.every(2)),
     "late_bernoulli": policies.from_step(2, policies.bernoulli(jax.random.PRNGKey(1), 0.7)),
     "above_gradient_norm": policies.above_gradient_norm(6, lambda_1=2.0, lambda_2=-1.0),
 }
@@ -109,6 +108,15 @@ def test_methods_of_one_gradient_and_plain_optimizers_are_one_program():
     around = optax.chain(optax.clip(1.0), optimizer(POLICIES["every"]))
     with pytest.raises(TypeError, match=r"^host_dispatched: .*not a transformation around it"):
         host_dispatched(loss_fn, around)(params, around.init(params), *batch)
+
+
+def test_groups_decide_by_their_mean():
+    """Not by the first of them, whose gradient has the other sign."""
+    uphill = Policy(lambda params: (), lambda g, step, state: (g > 0, state))
+    tx = sharpness_aware(optax.sgd(0.1), perturbations.steepest_ascent(0.1), policy=uphill)
+    step = host_dispatched(lambda w, x: jnp.mean(x) * w, tx, num_groups=4)
+    w, x = jnp.ones(()), jnp.array([3.0, -1.0, -1.0, -2.0])
+    assert [bool(step(w, tx.init(w), sign * x)[2].ascended) for sign in (1, -1)] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["every", "above_gradient_norm"])

@@ -128,6 +128,25 @@ def test_groups_and_microbatches_within_devices(options, check_vma):
     assert_close(aux, x)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_line_search_within_devices_sees_the_whole_batch():
+    """Its `value_fn` is the mean over the devices, as is the loss that it compares with."""
+    params, x, y = one_batch()
+    base = optax.chain(optax.sgd(20.0), optax.scale_by_backtracking_linesearch(15))
+    tx = sam_optax.sam(base, rho=0.1, sync_perturbation=True)
+    wanted = jax.jit(two_gradient_step(loss_fn, tx))(params, tx.init(params), x, y)
+    tx = sam_optax.sam(base, rho=0.1, sync_perturbation=True, axis_name="data")
+    step = jax.shard_map(
+        two_gradient_step(loss_fn, tx),
+        mesh=mesh(),
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    assert_close(jax.jit(step)(params, tx.init(params), x, y), wanted, rtol=1e-8)
+    assert wanted[1].base[1].learning_rate < 1
+
+
 def test_groups_under_check_vma_are_refused():
     params, x, y = one_batch()
     tx = METHODS["sam"](axis_name="data")

@@ -171,13 +171,22 @@ def op_by_op():
         yield
 
 
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.drop = nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.drop(self.norm(x)))
+
+
 @pytest.mark.usefixtures("op_by_op")
 def test_nnx_rho_zero_is_the_plain_step_bit_for_bit():
-    base = optax.adamw(0.01, eps=1e-3)
-    model, plain = (build("resnet", dropout=0.5)[2] for _ in range(2))
+    model, plain = (Small(nnx.Rngs(0)) for _ in range(2))
     x, y = data("resnet")
-    optimizer = nnx.Optimizer(model, sam_optax.sam(base, rho=0.0, info=True), wrt=nnx.Param)
-    plain_optimizer = nnx.Optimizer(plain, base, wrt=nnx.Param)
+    x = x[:, 0, 0]
+    optimizer = nnx.Optimizer(model, sam_optax.sam(BASE, rho=0.0, info=True), wrt=nnx.Param)
+    plain_optimizer = nnx.Optimizer(plain, BASE, wrt=nnx.Param)
 
     @nnx.jit
     def plain_step(model, optimizer, x, y):

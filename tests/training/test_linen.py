@@ -79,14 +79,15 @@ def test_statistics_are_found(idiom):
     plain = make(batch_stats=stats())
     frozen = make(batch_stats=freeze(stats()))
     wanted: Any = None
-    for options in PARTS:
+    options: Any = None
+    for options in (PARTS[0], PARTS[1 + list(IDIOMS).index(idiom) % 2]):
         new, metrics = run(plain, IDIOMS[idiom], **options)
         cuts = {"num_groups": [X[:4], X[4:]], "num_microbatches": [X[::2], X[1::2]]}
         parts = next((cuts[k] for k in options), [X])
         wanted = {k: np.mean([moved(x)["norm"][k] for x in parts], axis=0) for k in ("mean", "var")}
         assert_close(new.batch_stats, {"norm": wanted}, rtol=1e-5, atol=1e-6)
         assert metrics.aux is not None
-    again, _ = run(frozen, IDIOMS[idiom], **PARTS[-1])
+    again, _ = run(frozen, IDIOMS[idiom], **options)
     assert isinstance(again.batch_stats, FrozenDict)
     assert_close(again.batch_stats.unfreeze(), {"norm": wanted}, rtol=1e-5, atol=1e-6)
 
