@@ -423,4 +423,4 @@ def _divergence(past: jax.Array, logits: jax.Array, temperature: float) -> jax.A
     target = jax.nn.softmax(past / temperature)
     surprise = jax.nn.log_softmax(past / temperature) - jax.nn.log_softmax(logits / temperature)
     # A class that is masked by an infinite logit adds nothing.
-    return jnp.mean(jnp.sum(jnp.where(target > 0, target * surprise, 0), axis=-1))
+    return jnp.mean(jnp.sum(jnp.where(target == 0, 0, target * surprise), axis=-1))
