@@ -115,7 +115,7 @@ def functional_step(
     an ascent of several steps, uses the same clean derivative there.
 
     When: language models, for which the paper has SAM behind AdamW and this ahead of it, at equal
-    steps.
+    steps; it has no comparison at equal gradients.
 
     Reduces to: `two_gradient_step` where the loss is linear in the outputs; the base optimizer at
     ``rho=0``, and where the network is linear in its parameters. With a plain or a one-gradient

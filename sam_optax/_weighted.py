@@ -20,6 +20,7 @@ from sam_optax._step import (
     plan_for,
     two_gradients,
 )
+from sam_optax._tree import upcast
 from sam_optax._types import Evaluation
 from sam_optax.combinator import SharpnessAware
 
@@ -172,10 +173,13 @@ def weighted_sharpness_step(
             """The mean loss, and the gradients of its two parts."""
             each, pull_back, aux = jax.vjp(lambda point: losses(point, *args), params, has_aux=True)
             c = _checked_weights(plan, weights, args, each)
-            scale = 1 if loss_scale is None else jnp.asarray(loss_scale, each.dtype)
-            gradients = tuple(
-                unscaled(pull_back(part * scale / len(each))[0], loss_scale) for part in (c, 1 - c)
-            )
+            scale = 1 if loss_scale is None else loss_scale
+
+            def gradient(part):
+                slope = jnp.asarray(upcast(part) * scale / len(each), each.dtype)
+                return unscaled(pull_back(slope)[0], loss_scale)
+
+            gradients = gradient(c), gradient(1 - c)
             return Evaluation(jnp.mean(each), gradients, (aux[0], jnp.mean((1 - c) * each)))
 
         def clean(params, *args):
