@@ -125,7 +125,9 @@ def make_task(text: Text, args: argparse.Namespace) -> Task:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(0)))
     letters = jnp.asarray(text.train)
     rows = (len(text.validation) - 1) // args.context
-    held_out = [text.validation[i : i + rows * args.context].reshape(rows, -1) for i in (0, 1)]
+    x, y = (
+        jnp.asarray(text.validation[i : i + rows * args.context].reshape(rows, -1)) for i in (0, 1)
+    )
 
     def apply(params, x):
         return nnx.merge(graphdef, params)(x)
@@ -139,7 +141,7 @@ def make_task(text: Text, args: argparse.Namespace) -> Task:
         apply,
         len(letters) - args.context,
         windows,
-        jax.jit(lambda params: cross_entropy(apply(params, held_out[0]), held_out[1])),
+        jax.jit(lambda params: cross_entropy(apply(params, x), y)),
     )
 
 

@@ -389,20 +389,23 @@ def mesa_step(
             kl = _divergence(upcast(past), upcast(logits), temperature)
             return jnp.asarray(weight_at(state.step) * temperature**2 * kl, kl.dtype)
 
+        def no_lag(logits, _):
+            return vary(jnp.zeros((), accumulator(logits)), tuple(varying(logits)))
+
         def loss(params, *args):
-            inputs_, targets_ = args[: len(inputs)], args[len(inputs) :]
-            logits, aux = network(params, *inputs_)
-            value, _ = own_loss(logits, *targets_)
-            if start == 0:
-                extra = lag(logits, inputs_)
-            else:
-                extra = jax.lax.cond(
-                    state.step >= start,
-                    lag,
-                    lambda logits, _: vary(jnp.zeros((), accumulator(logits)), varying(logits)),
-                    logits,
-                    inputs_,
+            seen, wanted = args[: len(inputs)], args[len(inputs) :]
+            logits, aux = network(params, *seen)
+            if not isinstance(logits, jax.Array):
+                raise TypeError(
+                    f"{function}: `apply_fn` must return logits, one array with the classes as its "
+                    f"last axis; got {type(logits).__name__}. Other output is auxiliary: return "
+                    "(logits, aux), with has_aux=True."
                 )
+            value, _ = own_loss(logits, *wanted)
+            if start == 0:
+                extra = lag(logits, seen)
+            else:
+                extra = jax.lax.cond(state.step >= start, lag, no_lag, logits, seen)
             return value + extra.astype(value.dtype), (aux, ())
 
         passes = two_gradients(loss, tx, plan, loss_scale, skip_nonfinite, extra_args)

@@ -52,7 +52,7 @@ class Run:
         )
 
     @property
-    def network_inputs(self) -> Any:
+    def network_inputs(self) -> tuple[np.ndarray, list[references.Network], references.Base]:
         """`inputs` of the references that look at outputs."""
         start, _, base = self.inputs
         return start, problems.classify_networks(self.problem), base

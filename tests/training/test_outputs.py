@@ -363,6 +363,9 @@ def test_mesa_refuses_numbers_out_of_range_and_foreign_states():
     foreign: Any = SGD.init(params)
     with pytest.raises(TypeError, match=r"mesa_step: .*`step\.init\(params\)`.*got tuple"):
         step(params, foreign, x, y)
+    several = mesa_step(lambda p, x: {"z": predict(p, x)}, lambda out, y: out["z"].sum(), SGD)
+    with pytest.raises(TypeError, match=r"mesa_step: `apply_fn` must return logits, one array"):
+        several(params, several.init(params), x, y)
     state = step.init({"other": jnp.ones(3)})
     assert isinstance(state, MesaState)
     with pytest.raises(ValueError, match=r"mesa_step: the average .*\['hidden'\]\['bias'\]"):

@@ -148,8 +148,8 @@ def test_the_base_and_the_check_see_the_whole_gradient():
     _, params = start()
     x, y = batch(1)
 
-    def along_grad(updates, state, params=None, *, value, grad, **_):
-        return jax.tree.map(lambda g: -value * g, grad), state
+    def along_grad(updates, state, params=None, **extra):
+        return jax.tree.map(lambda g: -extra["value"] * g, extra["grad"]), state
 
     base = optax.GradientTransformationExtraArgs(lambda params: (), along_grad)
     tx = sam_optax.sam(base, rho=RHO)
