@@ -95,21 +95,31 @@ def checked_loss(
     return loss
 
 
-def differentiated(loss: Loss, loss_scale: Any = None) -> At:
-    """A loss with its gradient, the loss scale taken out again."""
+def scaled(loss: Loss, loss_scale: Any = None) -> Loss:
+    """A loss times its scale, with the loss itself in front of the auxiliary output."""
 
-    def scaled(params, *args):
+    def times(params, *args):
         value, aux = loss(params, *args)
         return (value if loss_scale is None else value * loss_scale), (value, aux)
 
+    return times
+
+
+def unscaled(gradient: Any, loss_scale: Any = None) -> Any:
+    """The gradient of a scaled loss, the scale taken out again."""
+    if loss_scale is None:
+        return gradient
+    divided = jax.tree.map(lambda x: x / jnp.asarray(loss_scale, x.dtype), upcast(gradient))
+    return cast_like(divided, gradient)
+
+
+def differentiated(loss: Loss, loss_scale: Any = None) -> At:
+    """A loss with its gradient, the loss scale taken out again."""
+    gradient_of = jax.grad(scaled(loss, loss_scale), has_aux=True)
+
     def evaluate(params, *args):
-        gradient, (value, aux) = jax.grad(scaled, has_aux=True)(params, *args)
-        if loss_scale is not None:
-            gradient = cast_like(
-                jax.tree.map(lambda x: x / jnp.asarray(loss_scale, x.dtype), upcast(gradient)),
-                gradient,
-            )
-        return Evaluation(value, gradient, aux)
+        gradient, (value, aux) = gradient_of(params, *args)
+        return Evaluation(value, unscaled(gradient, loss_scale), aux)
 
     return evaluate
 

@@ -20,7 +20,7 @@ from sam_optax._checks import (
     with_keywords,
 )
 from sam_optax._plan import At, Loss, Plan, differentiated
-from sam_optax._tree import accumulator, all_finite, select
+from sam_optax._tree import accumulator, all_finite, cast_like, select, upcast
 from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
 from sam_optax.combinator import SharpnessAware
 from sam_optax.one_gradient import displaced_params
@@ -158,6 +158,11 @@ def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: boo
     check_params(params, function)
 
 
+def _plus(a: Any, b: Any) -> Any:
+    """The sum, in float32 at least, in the dtypes of ``a``."""
+    return cast_like(jax.tree.map(jnp.add, upcast(a), upcast(b)), a)
+
+
 class Result(NamedTuple):
     """What a step leaves, ``carried`` being what its loss carried out of the clean pass."""
 
@@ -178,6 +183,8 @@ class Step(NamedTuple):
         perturbed: the same at the perturbed parameters, ``(params, clean aux, *args) -> ...``.
         skip_nonfinite: whether a gradient that is not finite leaves everything as it was.
         extra_args: keywords for the optimizer.
+        beside: ``carried -> gradient``: of what the clean pass carried, the gradient that joins
+            the method's direction as it is; None where there is none.
     """
 
     tx: Any
@@ -186,6 +193,7 @@ class Step(NamedTuple):
     perturbed: Callable[..., Evaluation]
     skip_nonfinite: bool = False
     extra_args: Mapping[str, Any] | None = None
+    beside: Callable[[Any], Any] | None = None
 
     def start(self, params: Any, opt_state: Any, args: tuple) -> Evaluation:
         """The first evaluation, of every group where there are some: at the clean parameters, or
@@ -196,7 +204,10 @@ class Step(NamedTuple):
 
     def clean_gradient(self, first: Evaluation) -> Any:
         """The clean gradient on the whole batch, from what `start` returned."""
-        gradient = first.gradient
+        return self._mean(first.gradient)
+
+    def _mean(self, gradient: Any) -> Any:
+        """Over the groups, where there are some, and over the axes."""
         if self.plan.num_groups > 1:
             gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0, dtype=x.dtype), gradient)
         return average(gradient, self.plan.axes)
@@ -211,6 +222,9 @@ class Step(NamedTuple):
     ) -> Result:
         """The rest."""
         gradient = self.clean_gradient(first)
+        beside = None if self.beside is None else self._mean(self.beside(first.aux[1]))
+        if beside is not None:
+            gradient = _plus(gradient, beside)
         value = jnp.mean(first.value) if self.plan.num_groups > 1 else first.value
         loss = average(value, self.plan.axes)
         extra = self._keywords(opt_state, params, args, loss, gradient)
@@ -226,6 +240,8 @@ class Step(NamedTuple):
                 ascend,
             )
             aux = found.aux[0]
+            if beside is not None:
+                found = found._replace(grads=_plus(found.grads, beside))
             updates, new_state = self.tx.parts.descend(found, method, opt_state, params, extra)
         else:
             clean_aux, aux = first.aux, first.aux[0]
@@ -297,8 +313,7 @@ def two_gradients(
     extra_args: Mapping[str, Any] | None,
 ) -> Step:
     """A step that evaluates one loss at both points."""
-    if loss_scale is not None:
-        _check_scale(plan.function, loss_scale)
+    check_loss_scale(plan.function, loss_scale)
     evaluate = plan.accumulated(differentiated(loss, loss_scale))
     return Step(
         tx,
@@ -310,7 +325,10 @@ def two_gradients(
     )
 
 
-def _check_scale(function: str, loss_scale: Any) -> None:
+def check_loss_scale(function: str, loss_scale: Any) -> None:
+    """Raise unless this is a number that a loss can be multiplied by, or None."""
+    if loss_scale is None:
+        return
     if isinstance(loss_scale, str) or not (is_array(loss_scale) or np.isscalar(loss_scale)):
         raise TypeError(
             f"{function}: `loss_scale` must be a number, got {type(loss_scale).__name__}. Of "

@@ -74,19 +74,26 @@ import optax
 from sam_optax._dispatch import host_dispatched
 from sam_optax._linen import check_scale, collections_of
 from sam_optax._nnx import functional, import_nnx
+from sam_optax._outputs import MesaState, MesaStep, functional_step, mesa_step
 from sam_optax._plan import checked_loss
 from sam_optax._selection import esam_step, ksam_step
 from sam_optax._step import StepMetrics, plan_for, two_gradients
 from sam_optax._tree import select
+from sam_optax._weighted import weighted_sharpness_step
 
 __all__ = [
+    "MesaState",
+    "MesaStep",
     "StepMetrics",
     "esam_step",
+    "functional_step",
     "host_dispatched",
     "ksam_step",
     "linen_step",
+    "mesa_step",
     "nnx_step",
     "two_gradient_step",
+    "weighted_sharpness_step",
 ]
 
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import sam_optax
-from sam_optax import perturbations, policies, surrogates
+from sam_optax import perturbations, policies, surrogates, training
 from tests.oracles import problems, references
 from tests.oracles.rows import untyped
 
@@ -50,6 +50,12 @@ class Run:
             self.problem.gradients(self.problem.batches),
             getattr(references, kind)(self.learning_rate, **settings),
         )
+
+    @property
+    def network_inputs(self) -> tuple[np.ndarray, list[references.Network], references.Base]:
+        """`inputs` of the references that look at outputs."""
+        start, _, base = self.inputs
+        return start, problems.classify_networks(self.problem), base
 
     def check(self, followed: Any, slack: float) -> None:
         """Rounding, as far as it grows (golden/README.md), and slack for the source's guards."""
@@ -210,6 +216,58 @@ def library_random_weight_perturbation(run: Run):
     )
 
 
+def mean_cross_entropy(logits: Any, y: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def library_functional_sam(run: Run):
+    tx = sam_optax.sam(run.base, rho=run.h.rho)
+    step = training.functional_step(problems.classify, mean_cross_entropy, tx)
+    return problems.Trainer(tx.init, step)
+
+
+def library_mesa(run: Run):
+    step = training.mesa_step(problems.classify, mean_cross_entropy, run.base, **vars(run.h))
+    return problems.Trainer(step.init, step)
+
+
+def library_weighted(run: Run, weight_of: np.ndarray, loss_of: np.ndarray):
+    """Of every class, the weight, and a factor of its losses."""
+    tx = sam_optax.sam(run.base, rho=run.h.rho)
+
+    def losses(params, x, y):
+        logits = problems.classify(params, x)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return jnp.asarray(loss_of)[y] * each
+
+    step = training.weighted_sharpness_step(losses, tx, lambda x, y: jnp.asarray(weight_of)[y])
+    return problems.Trainer(tx.init, step)
+
+
+def reference_weighted(run: Run, weight_of: np.ndarray, loss_of: np.ndarray):
+    start, networks, base = run.network_inputs
+    labels = run.problem.batches[1]
+    networks = [
+        network._replace(slope=lambda z, f=network.slope, y=y: loss_of[y][:, None] * f(z))
+        for network, y in zip(networks, labels, strict=True)
+    ]
+    yield from references.weighted_sharpness(
+        start, networks, base, ball(run), [weight_of[y] for y in labels]
+    )
+
+
+def tail_classes(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """ImbSAM's weights, and the factor with which its code counts the tail's losses."""
+    tail = np.isin(np.arange(4), run.h.tail_classes)
+    return tail.astype(float), np.where(tail, run.h.tail_factor, 1.0)
+
+
+def rare_classes(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Focal-SAM's weights."""
+    counts = np.array(run.h.class_counts)
+    return run.h.sharpness * (1 - counts / counts.sum()) ** run.h.gamma, np.ones(4)
+
+
 @dataclass(frozen=True)
 class Row:
     """How to reproduce a file, and how far guards that the reference leaves out may carry."""
@@ -255,6 +313,10 @@ ROWS = {
         ),
         lambda run: sam_optax.fisher_sam(run.base, rho=run.h.rho, eta=run.h.eta),
     ),
+    "focal_sam__scongl": Row(
+        lambda run: reference_weighted(run, *rare_classes(run)),
+        lambda run: library_weighted(run, *rare_classes(run)),
+    ),
     # The authors' code subtracts the average before this step's gradient entered: ema="previous".
     "friendly_sam__nblt": Row(
         lambda run: references.friendly_sam_previous(
@@ -272,6 +334,10 @@ ROWS = {
             run.base, rho=run.h.rho, sigma=run.h.sigma, decay=run.h.decay
         ),
     ),
+    "functional_sam__paper-transcription": Row(
+        lambda run: references.functional_sam(*run.network_inputs, ball(run)),
+        library_functional_sam,
+    ),
     "gnp__zhaoyang-0204": Row(
         lambda run: references.gnp(*run.inputs, ball(run), alpha=run.h.alpha),
         lambda run: sam_optax.gnp(run.base, rho=run.h.rho, alpha=run.h.alpha),
@@ -279,6 +345,11 @@ ROWS = {
     # It guards only some of the norms that the reference guards.
     "gsam__big_vision": Row(reference_gsam, library_gsam, left_out=1e-12),
     "gsam__juntang-zhuang": Row(reference_gsam, library_gsam),
+    # It counts the losses of the classes that it perturbs twice.
+    "imb_sam__cool-xuan": Row(
+        lambda run: reference_weighted(run, *tail_classes(run)),
+        lambda run: library_weighted(run, *tail_classes(run)),
+    ),
     # Its norms are sqrt(x + 1e-12), which matters where the orthogonal component is small.
     "look_sam__johnjaejunlee95": Row(
         lambda run: reference_look_sam(run, phase=run.h.k - 1), library_late_look_sam, left_out=1e-9
@@ -291,6 +362,9 @@ ROWS = {
     "look_sam__rollovd": Row(
         reference_look_sam,
         lambda run: sam_optax.look_sam(run.base, rho=run.h.rho, alpha=run.h.alpha, k=run.h.k),
+    ),
+    "mesa__AngusDujw": Row(
+        lambda run: references.mesa(*run.network_inputs, **vars(run.h)), library_mesa
     ),
     "momentum_sam__MarlonBecker": Row(
         lambda run: references.momentum_sam(
@@ -354,7 +428,9 @@ def test_reference(code, case):
 def test_library(code, case):
     """The library adds nothing to a norm: it stays a few of the source's guards away."""
     run, row = Run(code, case), ROWS[code]
-    params, info = jax.jit(lambda: problems.follow(run.problem, row.library(run))[1])()
+    method = row.library(run)
+    follow = problems.follow_step if isinstance(method, problems.Trainer) else problems.follow
+    params, info = jax.jit(lambda: follow(run.problem, method)[1])()
     run.check(params, slack=row.left_out + 10 * run.guard)
     if "ascended" in run.stored:
         assert info.ascended.tolist() == run.stored["ascended"]

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from sam_optax import displaced_params
+from tests.oracles import references
 from tests.oracles.trees import flat
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -170,28 +171,58 @@ class Layer(NamedTuple):
     bias: Any
 
 
+def classify(params: Any, x: Any) -> Any:
+    """Logits."""
+    first, second = params
+    return jnp.tanh(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+
+
 def cross_entropy(params: Any, batch: Any) -> Any:
     x, y = batch
-    first, second = params
-    logits = jnp.tanh(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    logits = classify(params, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    odds = np.exp(z - z.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def classify_by_hand(params: Any, x: Any) -> Any:
+    """Hidden units and logits."""
+    first, second = params
+    hidden = np.tanh(x @ first.weight.T + first.bias)
+    return hidden, hidden @ second.weight.T + second.bias
+
+
+def pull_back_by_hand(params: Any, x: Any, d_logits: Any) -> Any:
+    """The gradient, from the loss's derivative in the logits."""
+    hidden, _ = classify_by_hand(params, x)
+    d_hidden = (d_logits @ params[1].weight) * (1 - hidden**2)
+    return (
+        Layer(d_hidden.T @ x, d_hidden.sum(0)),
+        Layer(d_logits.T @ hidden, d_logits.sum(0)),
+    )
 
 
 def cross_entropy_by_hand(params: Any, batch: Any) -> Any:
     x, y = batch
-    first, second = params
-    hidden = np.tanh(x @ first.weight.T + first.bias)
-    logits = hidden @ second.weight.T + second.bias
-    logits -= logits.max(axis=1, keepdims=True)
-    odds = np.exp(logits)
-    total = odds.sum(axis=1, keepdims=True)
-    d_logits = (odds / total - np.eye(4)[y]) / len(y)
-    d_hidden = (d_logits @ second.weight) * (1 - hidden**2)
-    value = np.mean(np.log(total[:, 0]) - logits[np.arange(len(y)), y])
-    return value, (
-        Layer(d_hidden.T @ x, d_hidden.sum(0)),
-        Layer(d_logits.T @ hidden, d_logits.sum(0)),
-    )
+    odds = softmax(classify_by_hand(params, x)[1])
+    d_logits = (odds - np.eye(4)[y]) / len(y)
+    value = -np.mean(np.log(odds[np.arange(len(y)), y]))
+    return value, pull_back_by_hand(params, x, d_logits)
+
+
+def classify_networks(problem: "Problem") -> list[references.Network]:
+    """The network on the batch of every step, with the slope of cross-entropy."""
+    return [
+        references.Network(
+            lambda w, x=x: classify_by_hand(problem.unflatten(w), x)[1],
+            lambda w, dz, x=x: flat(pull_back_by_hand(problem.unflatten(w), x, dz)),
+            lambda z, y=y: (softmax(z) - np.eye(4)[y]) / len(y),
+        )
+        for x, y in zip(*problem.batches, strict=True)
+    ]
 
 
 def classification(steps: int = 20, kept: list[list[int]] | None = None) -> Problem:
@@ -307,6 +338,24 @@ def follow(
     params = jax.tree.map(jnp.asarray, problem.params)
     batches = (problem.batches, problem.perturbed_batches) if batches is None else (batches,)
     return jax.lax.scan(body, (params, tx.init(params)), batches)
+
+
+class Trainer(NamedTuple):
+    """A training step, and the state that it begins with: in the place of an optimizer."""
+
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+
+
+def follow_step(problem: Problem, trainer: Trainer) -> Any:
+    """`follow` for a training step; stacked, params after and metrics of every step."""
+
+    def body(carry, batch):
+        params, state, metrics = trainer.step(*carry, *batch)
+        return (params, state), (params, metrics)
+
+    params = jax.tree.map(jnp.asarray, problem.params)
+    return jax.lax.scan(body, (params, trainer.init(params)), problem.batches)
 
 
 def full_gradient(problem: Problem) -> Callable[[Any], Any]:

@@ -10,6 +10,7 @@ boxes and most public codes add to a norm: 0, unless a test compares with such c
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -403,3 +404,69 @@ def row_noise(shapes: Sequence[tuple], std: float, draws: Sequence[Array]) -> Ca
         return np.concatenate(found)
 
     return noise
+
+
+# Steps that see the network's outputs: F(w), an example a row.
+
+
+class Network(NamedTuple):
+    """A network on one batch, and a loss on its outputs.
+
+    Attributes:
+        outputs: F(w).
+        pull_back: J_F(w)^T dz.
+        slope: the derivative of the mean loss in the outputs z.
+    """
+
+    outputs: Callable[[Array], Array]
+    pull_back: Callable[[Array, Array], Array]
+    slope: Callable[[Array], Array]
+
+
+def functional_sam(w: Array, networks: Sequence[Network], base: Base, ascent: Ascent) -> Steps:
+    """Functional SAM (Singh et al. 2025): the network's Jacobian moves, the loss's slope stays."""
+    for outputs, pull_back, slope in networks:
+        dz = slope(outputs(w))
+        w = base(w, pull_back(w + ascent(pull_back(w, dz), w), dz))
+        yield w
+
+
+def weighted_sharpness(
+    w: Array, networks: Sequence[Network], base: Base, ascent: Ascent, weights: Iterable[Array]
+) -> Steps:
+    """ImbSAM (Zhou et al. 2023), Focal-SAM (Li et al. 2025): SAM for a part of every loss."""
+    for (outputs, pull_back, slope), c in zip(networks, weights, strict=True):
+
+        def gradient(w, share, outputs=outputs, pull_back=pull_back, slope=slope):
+            return pull_back(w, share[:, None] * slope(outputs(w)))
+
+        eps = ascent(gradient(w, c), w)
+        w = base(w, gradient(w, 1 - c) + gradient(w + eps, c))
+        yield w
+
+
+def mesa(
+    w: Array,
+    networks: Sequence[Network],
+    base: Base,
+    *,
+    weight: float,
+    temperature: float,
+    decay: float,
+    start: int,
+) -> Steps:
+    """MESA (Du et al. 2022): the slope of lambda T^2 KL is lambda T times a difference of odds."""
+
+    def odds(z):
+        share = np.exp(z / temperature)
+        return share / share.sum(axis=1, keepdims=True)
+
+    v = w
+    for t, (outputs, pull_back, slope) in enumerate(networks):
+        z = outputs(w)
+        dz = slope(z)
+        if t >= start:
+            dz = dz + weight * temperature * (odds(z) - odds(outputs(v))) / len(z)
+        w = base(w, pull_back(w, dz))
+        v = decay * v + (1 - decay) * w
+        yield w

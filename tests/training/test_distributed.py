@@ -9,8 +9,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sam_optax
-from sam_optax.training import two_gradient_step
-from tests.oracles.problems import one_batch, train
+from sam_optax.training import (
+    functional_step,
+    mesa_step,
+    two_gradient_step,
+    weighted_sharpness_step,
+)
+from tests.oracles.problems import one_batch, predict, train
 from tests.oracles.problems import squared_error as loss_fn
 from tests.oracles.trees import assert_close
 
@@ -86,6 +91,46 @@ def test_shard_map_ascends_on_every_device(name, sync, check_vma):
         )
     )
     assert_close(train(step, params, tx.init(params), x, y), wanted, rtol=1e-8)
+
+
+def per_example(params, x, y):
+    return jnp.mean(jnp.square(predict(params, x) - y), axis=-1)
+
+
+def squared(out, y):
+    return jnp.mean(jnp.square(out - y))
+
+
+MAKE = {
+    "functional": lambda tx, **parts: functional_step(predict, squared, tx, **parts),
+    "weighted": lambda tx, **parts: weighted_sharpness_step(
+        per_example, tx, lambda x, y: jax.nn.sigmoid(y[:, 0]), **parts
+    ),
+    "mesa": lambda tx, **parts: mesa_step(
+        predict, squared, tx, decay=0.5, weight=2.0, start=1, **parts
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.usefixtures("float64")
+def test_steps_that_see_outputs_or_weights_on_devices(name):
+    """A device is a group; each cuts its shard into micro-batches."""
+    params, x, y = one_batch()
+    tx = METHODS["sam"]()
+    whole = MAKE[name](tx, num_groups=2)
+    start = whole.init(params) if name == "mesa" else tx.init(params)
+    wanted = train(jax.jit(whole), params, start, x, y)
+    step = jax.jit(
+        jax.shard_map(
+            MAKE[name](METHODS["sam"](axis_name="data"), num_microbatches=2),
+            mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+            in_specs=(P(), P(), P("data"), P("data")),
+            out_specs=P(),
+            check_vma=True,
+        )
+    )
+    assert_close(train(step, params, start, x, y), wanted, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
