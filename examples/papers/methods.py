@@ -20,14 +20,16 @@ import optax
 import sam_optax
 from sam_optax import perturbations, policies, surrogates, variants
 
+# A tree at every step, which only their users have.
+_HANDED = ("eigen_sam", "sparse_sam")
 NAMED: dict[str, Callable] = {
     name: function
     for name, function in vars(variants).items()
-    if name in sam_optax.__all__
+    if name in sam_optax.__all__ and name not in _HANDED
     if getattr(function, "__module__", None) == variants.__name__  # defined, not imported, there
     if "base" in inspect.signature(function).parameters
 }
-"""The library's methods, in the order in which it defines them."""
+"""The library's methods, in the order in which it defines them, without `_HANDED`."""
 
 
 def _esam(base, key, rho: Any = 0.05, beta: Any = 0.5, *, info: bool = False):
