@@ -55,6 +55,8 @@ FLATNESS_CAPTION = (
 
 def default_rho(name: str) -> float:
     """Radius where ``--rho`` does not say otherwise."""
+    if name == "m_rwp":  # relative to the norms of rows
+        return 0.03
     return 2.0 if name.endswith("asam") else 0.2
 
 
@@ -70,7 +72,7 @@ def build(
     setting = methods.Setting(learning_rate, peak, total_steps, jax.random.key(0))
     if name == "sgd":  # through the same door: one loop serves all rows
         return methods.optimizer("base", {}, base, setting, info=False)
-    options = {"rho": rho} | OPTIONS.get(name, {})
+    options = {methods.RADIUS.get(name, "rho"): rho} | OPTIONS.get(name, {})
     return methods.optimizer(name, options, base, setting, info=False)
 
 

@@ -20,7 +20,9 @@ import optax
 import sam_optax
 from sam_optax import perturbations, policies, surrogates, variants
 
-# A tree at every step, which only their users have.
+# What the radius is called, where it is not `rho`.
+RADIUS = {"le_sam": "rho_max", "m_rwp": "std"}
+# They are handed a tree at every step, which these programs do not make.
 _HANDED = ("eigen_sam", "sparse_sam")
 NAMED: dict[str, Callable] = {
     name: function

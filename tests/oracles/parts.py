@@ -3,8 +3,8 @@
 A method is three functions: ``perturbation(g, w, t, m) -> (eps, m)`` with m a running average,
 ``surrogate(g, gp, t, v) -> (d, decoupled, v)`` with v what is reused (gp is None on a stale step),
 and ``policy(g, t, s) -> (ascend, s)``. Those marked by `looking` get keywords to evaluate at more
-points. Parts that draw random numbers get their draws as functions of t. Nothing of the library is
-used.
+points, a rule with a displacement for every shard. Parts that draw random numbers get their draws
+as functions of t. Nothing of the library is used.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -209,7 +209,7 @@ def arc(alpha: float) -> Callable:
     def rule(g, gp, t, v, **probe):
         if gp is None:
             return g, 0.0, v
-        eps = probe["eps"]
+        eps = probe["eps"].mean(axis=0)
         if not norm(eps) or not norm(gp):
             return gp, 0.0, v
         start, end = eps / norm(eps), gp / norm(gp)
@@ -238,7 +238,8 @@ def first_order(
     def rule(g, gp, t, v, **probe):
         if gp is None:
             return g, 0.0, v
-        eps, look = probe["eps"], probe["look"]
+        look, radii = probe["look"], norm(probe["eps"], axis=1, keepdims=True)
+        eps = np.abs(probe["eps"]).max(axis=0)
         still = eps == 0
         if sizes:
             moved = [part.any() for part in np.split(eps, np.cumsum(sizes)[:-1])]
@@ -246,11 +247,11 @@ def first_order(
 
         def climb(x, length):
             x = np.where(still, 0, x)
-            return length * x / norm(x) if norm(x) else x
+            return length * (x / norm(x) if norm(x) else x)
 
         one = climb(gp - g, rho)
         g2 = look(one)
-        g3 = look(one + climb(g2, norm(eps)))
+        g3 = look(one + climb(g2, radii))
         h, q = weights[0] * gp + weights[2] * g3, g + weights[1] * g2
         return h - gamma * (q - (q @ h) / (h @ h) * h), 0.0, v
 
@@ -264,7 +265,7 @@ def scaled(rule: Callable, scale: Callable[[Array], Array]) -> Callable:
         d = rule(g, gp, t, v)[0]
         if gp is None:
             return d, 0.0, v
-        w, eps = probe["w"], probe["eps"]
+        w, eps = probe["w"], probe["eps"].mean(axis=0)
         return norm(scale(w) * g) / norm(scale(w + eps) * d) * d, 0.0, v
 
     return looking(stable)
@@ -381,10 +382,14 @@ def run(
         m = np.mean([average for _, average in moved], axis=0)
         probe = {}
         if hasattr(method.surrogate, "looks") and gp is not None:
-            (loss,), ((eps, _),) = shards, moved  # more shards have displacements of their own
-            whole = np.zeros_like(w)
-            whole[kept] = eps
-            probe = {"w": w, "eps": whole, "look": lambda x, loss=loss, w=w: loss(w + x)[1]}
+            whole = np.zeros((len(shards), w.size))
+            whole[:, kept] = [eps for eps, _ in moved]
+
+            def look(displacements, w=w, shards=shards):
+                points = w + np.broadcast_to(displacements, (len(shards), w.size))
+                return np.mean([loss(x)[1] for loss, x in zip(shards, points, strict=True)], axis=0)
+
+            probe = {"w": w, "eps": whole, "look": look}
         d, term, v = method.surrogate(g, gp, t, v, **probe)
         trace = d + momentum * trace
         w = w - learning_rate * (trace + term)
