@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.oracles.rows import ROWS, base, every_row, problem32, stepper
+from tests.oracles.rows import ROWS, base, every_kind, problem32, stepper
 
 SOME = ROWS[::4]
 
@@ -30,7 +30,7 @@ def stepped(row, info=True):
     return tx, stepper(row, tx, problem), problem.params, problem.batch(0)
 
 
-@every_row
+@every_kind
 def test_strict_switches(row):
     """No NaN, no infinity in any operation; no implicit promotion; no leaked tracer."""
     with (
@@ -46,7 +46,7 @@ def test_strict_switches(row):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-@every_row
+@every_kind
 def test_no_transfers(row):
     """A compiled step hands nothing from the host to the device, or back."""
     tx, step, params, batch = stepped(row)
@@ -56,7 +56,7 @@ def test_no_transfers(row):
         jax.block_until_ready(step(params, state, batch))
 
 
-@every_row
+@every_kind
 def test_explicit_sharding(row):
     """Parameters and batch on a mesh whose axes are in the types."""
     tx, step, params, batch = stepped(row, info=False)
@@ -72,7 +72,7 @@ def test_explicit_sharding(row):
         chex.assert_trees_all_close(got, step(params, tx.init(params), batch)[0], rtol=2e-5)
 
 
-@every_row
+@every_kind
 def test_export(row):
     """A step as a portable program."""
     tx, step, params, batch = stepped(row)
@@ -82,7 +82,7 @@ def test_export(row):
     assert len(exported.out_avals) == len(leaves) - len(jax.tree.leaves(batch))
 
 
-@every_row
+@every_kind
 def test_pickles(row):
     """An optimizer sent to another process traces to the same program."""
     tx, step, params, batch = stepped(row)

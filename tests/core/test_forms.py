@@ -82,7 +82,7 @@ def test_the_gradient_form_is_the_optimizer_form(row, float64):
     method = tx.parts.method
     sharp = sharpness_aware_value_and_grad(problem.loss, method)
     extra = row.keywords(problem)
-    by_optimizer = stepper(row, tx, problem)
+    by_optimizer = jax.jit(stepper(row, tx, problem))
 
     @jax.jit
     def by_gradient(params, state, opt_state, batch, step):

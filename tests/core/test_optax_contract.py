@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 from sam_optax.training import two_gradient_step
 from tests.core.test_contract import real_hyperparameters
 from tests.oracles.problems import directed
-from tests.oracles.rows import METHODS, RADIUS, untyped
+from tests.oracles.rows import ALIKE, METHODS, RADIUS, untyped
 from tests.oracles.trees import assert_close, spec
 
 every_method = pytest.mark.parametrize("name", METHODS)
+every_kind = pytest.mark.parametrize("name", [name for name in METHODS if name not in ALIKE])
 STEPS = 300
 KNOWN = {"total_steps": STEPS, "key": jax.random.key(0)}
 
@@ -97,7 +98,7 @@ def test_it_reaches_its_targets(name):
     assert np.isfinite(valley).all() and rosenbrock(valley) < near[1]
 
 
-@every_method
+@every_kind
 def test_unknown_keywords_are_accepted_and_ignored(name):
     tx, w = build(name), tree()
     plain, more = (
@@ -107,7 +108,7 @@ def test_unknown_keywords_are_accepted_and_ignored(name):
     assert plain == more
 
 
-@every_method
+@every_kind
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtypes_are_kept(name, dtype):
     """Of updates those of the parameters, and of the state those that `init` gave it."""
@@ -124,7 +125,7 @@ def test_dtypes_are_kept(name, dtype):
         assert own <= {kept, "bool"}
 
 
-@every_method
+@every_kind
 def test_the_state_may_pass_a_cond(name):
     """A trainer that skips a step hands back the state as it was, of the same type."""
     tx, w = build(name), tree()
@@ -143,7 +144,7 @@ def test_the_state_may_pass_a_cond(name):
     assert spec(abstract) == spec(state)
 
 
-@every_method
+@every_kind
 def test_sharding_types_are_stable(name):
     """What is like the parameters is sharded like them: in `init`, abstractly, and after a step."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
@@ -169,7 +170,7 @@ def test_sharding_types_are_stable(name):
         assert like and set(like) == {types(w)["a"]}
 
 
-@every_method
+@every_kind
 def test_map_params(name):
     """Every tree like the parameters in the state, whole, and nothing else."""
     tx = build(name)
@@ -181,7 +182,7 @@ def test_map_params(name):
     assert found == 3 * (2 + sum(x.shape == (2, 3) for x in own))
 
 
-@every_method
+@every_kind
 def test_accumulation(name):
     """In micro-batches, the step on the whole batch, twice."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)

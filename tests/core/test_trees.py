@@ -22,6 +22,7 @@ from tests.oracles.rows import (
     a_few_rows,
     assert_steps,
     base,
+    every_kind,
     every_row,
     follow,
     named,
@@ -92,7 +93,7 @@ def check_specs(tx, trees, gradient=jax.grad(bowl)):  # noqa: B008
     return states
 
 
-@every_row
+@every_kind
 def test_odd_trees(row):
     """Scalars, empty leaves, None, tuples, half precision: structure and dtypes stay."""
     trees = odd_trees()
@@ -107,7 +108,7 @@ def test_odd_trees_are_trained(row):
     assert flat(updates).any()
 
 
-@every_row
+@every_kind
 def test_empty_trees_and_masks_that_keep_nothing(row):
     """Nothing to perturb is no error, and no NaN: eps = 0, and the base optimizer's step."""
     params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
@@ -135,7 +136,7 @@ def of_every_kind():
     return {kind: jax.tree.map(lambda x, kind=kind: x.astype(kind), leaves) for kind in KINDS}
 
 
-@every_row
+@every_kind
 def test_dtypes(row, float64):
     """From half to double precision, mixed: updates and state keep theirs."""
     kinds = of_every_kind()
@@ -145,7 +146,7 @@ def test_dtypes(row, float64):
     assert states["all"].info.grad_norm.dtype == jnp.float64
 
 
-@every_row
+@every_kind
 def test_strict_promotion(row):
     """`jax_numpy_dtype_promotion=strict`, as careful users have it, finds nothing to complain."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
