@@ -97,6 +97,11 @@ def methods(**options: Any) -> Iterator[tuple[str, optax.GradientTransformation]
     """Every method of the library, in the order in which it defines them."""
     needed = {"learning_rate": LEARNING_RATE, "key": jax.random.key(0), "total_steps": 1000}
     for name, method in vars(variants).items():
+        if name in (
+            "eigen_sam",
+            "sparse_sam",
+        ):  # handed a tree at every step; they cost what SAM does
+            continue
         if name not in sam_optax.__all__ or getattr(method, "__module__", "") != variants.__name__:
             continue
         parameters = inspect.signature(method).parameters

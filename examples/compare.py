@@ -63,12 +63,14 @@ FLATNESS_CAPTION = (
 def radius(name: str, rho: float | None) -> float | None:
     """The radius of a row: ``--rho``, or its own; None for methods that have none."""
     own = {} if name == "sgd" else methods.options_of(name)
-    if "rho" not in own:
+    if methods.RADIUS.get(name, "rho") not in own:
         return None
     if rho is not None:
         return rho
     if name == "momentum_sam":
         return own["rho"]
+    if name == "m_rwp":  # relative to the norms of rows
+        return 0.03
     return 2.0 if name.endswith("asam") else 0.2
 
 
@@ -82,7 +84,9 @@ def build(
     """The optimizer of one row."""
     peak = float(jnp.asarray(learning_rate(0)))
     setting = methods.Setting(learning_rate, peak, total_steps, jax.random.key(0))
-    options = ({} if rho is None else {"rho": rho}) | OPTIONS.get(name, {})
+    options = ({} if rho is None else {methods.RADIUS.get(name, "rho"): rho}) | OPTIONS.get(
+        name, {}
+    )
     known = "base" if name == "sgd" else name
     return methods.optimizer(known, options, base, setting, info=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from sam_optax._checks import check_alive, is_array
+from sam_optax._method import Method
 from sam_optax._plan import checked_loss
 from sam_optax._step import StepMetrics, find_info, plan_for, two_gradients
 from sam_optax.combinator import SharpnessAware
@@ -97,7 +98,9 @@ def host_dispatched(
             f"host_dispatched: `tx` averages over the mapped axes {plan.axes}, but the host "
             "decides outside of them. Leave `axis_name` out, and use `num_groups=` for m-sharpness."
         )
-    policy = tx.parts.method.policy if isinstance(tx, SharpnessAware) else never()
+    alone = Method(optax.set_to_zero(), policy=never())
+    method = tx.parts.method if isinstance(tx, SharpnessAware) else alone
+    policy = method.policy
     donated = (2, 3) if donate else ()
 
     def passes(call, traced):
@@ -119,7 +122,7 @@ def host_dispatched(
     def begin(call, params, opt_state, traced):
         both, args = passes(call, traced)
         first = both.start(params, opt_state, args)
-        seen = tx.parts.method.seen(params, both.clean_gradient(first))
+        seen = method.seen(params, both.clean_gradient(first))
         return first, policy.decide(seen, opt_state.step, opt_state.policy)[0]
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=donated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +71,22 @@ class _Here(NamedTuple):
     look: Evaluate
     axes: tuple
     extra: dict[str, Any]
+
+
+class _Probe(NamedTuple):
+    """The evaluation at other points, for a rule: on the step's batch, averaged over the axes."""
+
+    look: Evaluate
+    axes: tuple
+
+    def __call__(self, point: Params) -> tuple[Any, Gradient]:
+        """The loss and its gradient at a point."""
+        value, gradient, _ = self.look(point)
+        return average(value, self.axes), average(gradient, self.axes)
+
+    def average(self, tree: Any) -> Any:
+        """The mean of a tree that differs between shards, as eps does."""
+        return average(tree, self.axes)
 
 
 class _Outcome(NamedTuple):
@@ -290,12 +307,9 @@ class Method(NamedTuple):
         if not self.surrogate.probes:
             return {}
 
-        def evaluate(point):
-            value, gradient, _ = here.look(point)
-            return average(value, here.axes), average(gradient, here.axes)
-
         zeros = jax.tree.map(jnp.zeros_like, upcast(here.params))
-        return {"eps": fill(eps, zeros), "params": here.params, "evaluate": evaluate}
+        probe = _Probe(here.look, here.axes)
+        return {"eps": fill(eps, zeros), "params": here.params, "evaluate": probe}
 
     def _info(self, dtype: Any, **known: Any) -> SharpnessInfo:
         """0 for what was not measured; every leaf is an array of its own, to be donated."""
@@ -307,3 +321,47 @@ class Method(NamedTuple):
             for name in SharpnessInfo._fields
         }
         return SharpnessInfo(**fields)
+
+
+def evaluation_of(
+    function: str, grad_fn: Any, value_and_grad_fn: Any, extra: dict[str, Any]
+) -> Evaluate:
+    """The one evaluation that the caller gave."""
+    if grad_fn is not None and value_and_grad_fn is not None:
+        raise ValueError(
+            f"{function}: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
+            "`value_and_grad_fn=` (params -> (loss, gradient)); got both."
+        )
+    if grad_fn is not None:
+        return lambda params: Evaluation(None, grad_fn(params))
+    if value_and_grad_fn is None:
+        value_and_grad_fn = _from_value(function, extra)
+
+    def evaluate(params):
+        result = value_and_grad_fn(params)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"{function}: `value_and_grad_fn` must return (loss, gradient), got "
+                f"{type(result).__name__}. A function that returns a gradient alone is `grad_fn=`."
+            )
+        return Evaluation(*result)
+
+    return evaluate
+
+
+def _from_value(function: str, extra: dict[str, Any]) -> Callable:
+    """The evaluation from the loss that a line search, or Sophia, is given."""
+    value_fn: Any = extra.get("value_fn", extra.get("obj_fn"))
+    if value_fn is None:
+        raise ValueError(
+            f"{function}: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
+            "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
+            "neither. In a trainer that calls `update` itself, use another form: hand it "
+            "`sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
+            "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
+            "`jax.value_and_grad`, with a plain optimizer."
+        )
+    # Line searches look for the function's further arguments among the keywords, too.
+    asked = list(inspect.signature(value_fn).parameters)[1:]
+    kwargs = {name: extra[name] for name in asked if name in extra}
+    return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)

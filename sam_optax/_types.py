@@ -46,7 +46,8 @@ class SurrogateRule(NamedTuple):
         probes: whether ``fresh`` looks at more points. It is then called with the keywords
             ``eps=``, ``params=`` and ``evaluate=`` besides: the displacement (0 where a mask left a
             leaf out), the parameters, and ``evaluate(point) -> (loss, gradient)`` on the step's own
-            batch, averaged as ``gp`` is.
+            batch, averaged as ``gp`` is. Of m-sharpness, eps is the shard's own:
+            ``evaluate.average(tree)`` is the mean over the shards, for what enters the direction.
     """
 
     init: Callable[[Params], State]

@@ -15,7 +15,6 @@ Everything but the base is a `Method`.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +34,7 @@ from sam_optax._checks import (
     is_identity,
     with_keywords,
 )
-from sam_optax._method import Evaluate, Method
+from sam_optax._method import Method, evaluation_of
 from sam_optax._tree import cast_like, prune, scale, select, upcast
 from sam_optax._types import (
     Estimate,
@@ -132,48 +131,6 @@ def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: DecoupledTermState(), update)
 
 
-def _evaluation(grad_fn: Any, value_and_grad_fn: Any, extra: dict[str, Any]) -> Evaluate:
-    """The one evaluation that the caller gave."""
-    if grad_fn is not None and value_and_grad_fn is not None:
-        raise ValueError(
-            "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
-            "`value_and_grad_fn=` (params -> (loss, gradient)); got both."
-        )
-    if grad_fn is not None:
-        return lambda params: Evaluation(None, grad_fn(params))
-    if value_and_grad_fn is None:
-        value_and_grad_fn = _from_value(extra)
-
-    def evaluate(params):
-        result = value_and_grad_fn(params)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                "sharpness_aware: `value_and_grad_fn` must return (loss, gradient), got "
-                f"{type(result).__name__}. A function that returns a gradient alone is `grad_fn=`."
-            )
-        return Evaluation(*result)
-
-    return evaluate
-
-
-def _from_value(extra: dict[str, Any]) -> Callable:
-    """The evaluation from the loss that a line search, or Sophia, is given."""
-    value_fn: Any = extra.get("value_fn", extra.get("obj_fn"))
-    if value_fn is None:
-        raise ValueError(
-            "sharpness_aware: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
-            "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
-            "neither. In a trainer that calls `update` itself, use another form: hand it "
-            "`sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
-            "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
-            "`jax.value_and_grad`, with a plain optimizer."
-        )
-    # Line searches look for the function's further arguments among the keywords, too.
-    asked = list(inspect.signature(value_fn).parameters)[1:]
-    kwargs = {name: extra[name] for name in asked if name in extra}
-    return lambda params: jax.value_and_grad(value_fn)(params, **kwargs)
-
-
 def _accumulation(state: State) -> Any:
     """The state of the MultiSteps, within a base's, whose inner optimizer adds a decoupled term."""
     nodes = find_states(state, optax.MultiStepsState)
@@ -222,7 +179,7 @@ class Combinator(NamedTuple):
     ) -> tuple[Any, SharpnessAwareState]:
         """One step, from the clean gradient."""
         check_params(params)
-        evaluate = _evaluation(grad_fn, value_and_grad_fn, extra_args)
+        evaluate = evaluation_of("sharpness_aware", grad_fn, value_and_grad_fn, extra_args)
         axes = tracked(self.method.axes)
         if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
             updates = self.method.looking(params, evaluate, axes)(params).gradient

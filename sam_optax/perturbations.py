@@ -24,17 +24,28 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from sam_optax._checks import check_key, check_like, hyperparameter, resolve_mask
+from sam_optax._checks import (
+    check_key,
+    check_like,
+    check_number,
+    check_parts,
+    hyperparameter,
+    resolve_mask,
+)
 from sam_optax._tree import (
     cast_like,
+    cosine,
     divide,
+    inner,
     norm,
     project,
     prune,
     reject,
     root,
     scale,
+    shifted,
     upcast,
 )
 from sam_optax._types import ScalarOrSchedule
@@ -55,6 +66,17 @@ def _onto_sphere(g: Any, t: Any, radius: Any) -> Any:
     scaled = g if t is None else jax.tree.map(jnp.multiply, t, g)
     eps = scale(divide(radius, norm(scaled)), scaled)
     return eps if t is None else jax.tree.map(jnp.multiply, t, eps)
+
+
+def _scale_of(function: str, scale: Callable[[Any], Any], params: Any, g: Any) -> Any:
+    """The tree t that ``scale`` makes of the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{function}: `scale` is a function of the parameters; pass `params` to `update`."
+        )
+    t = scale(upcast(params))
+    check_like(t, g, function, "what `scale` returned")
+    return upcast(t)
 
 
 def steepest_ascent(
@@ -100,16 +122,7 @@ def steepest_ascent(
     radius = hyperparameter("steepest_ascent", "rho", rho)
 
     def displace(g, params, step, **extra_args):
-        t = None
-        if scale is not None:
-            if params is None:
-                raise ValueError(
-                    "steepest_ascent: `scale` is a function of the parameters; pass `params` to "
-                    "`update`."
-                )
-            t = scale(upcast(params))
-            check_like(t, g, "steepest_ascent", "what `scale` returned")
-            t = upcast(t)
+        t = None if scale is None else _scale_of("steepest_ascent", scale, params, g)
         return _onto_sphere(g, t, radius(step))
 
     return _stateless(displace)
@@ -305,7 +318,7 @@ def _moving_average(
 
 
 def subtract_ema(
-    sigma: ScalarOrSchedule,
+    sigma: ScalarOrSchedule | Literal["cosine"],
     decay: ScalarOrSchedule,
     ema: Literal["updated", "previous"] = "updated",
 ) -> optax.GradientTransformationExtraArgs:
@@ -318,7 +331,7 @@ def subtract_ema(
 
     Args:
         sigma: how much of the average to subtract; any real number. 0 returns g. A number or a
-            schedule.
+            schedule. ``"cosine"``: :math:`\cos(m_t, g_t)`, for one norm and an inner product more.
         decay: :math:`\lambda`, in [0, 1]. A number or a schedule.
         ema: which average: ``"updated"`` already holds the present gradient, ``"previous"`` not
             yet.
@@ -340,19 +353,23 @@ def subtract_ema(
 
     References:
         Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, CVPR
-        2024, equations (10) and (12), Algorithm 1.
+        2024, equations (10) and (12), Algorithm 1; ``sigma="cosine"``: equations (9) and (11).
 
     .. note:: Differences. The authors' code is ``ema="previous"``. With ``sigma = 1`` the two
         forms have the same direction for the same average, but their averages start apart.
     """
-    share = hyperparameter("subtract_ema", "sigma", sigma, low=-float("inf"))
+    share: Any = None
+    if not (isinstance(sigma, str) and sigma == "cosine"):
+        share = hyperparameter("subtract_ema", "sigma", sigma, low=-float("inf"))
     kept = hyperparameter("subtract_ema", "decay", decay, high=1)
     if ema not in ("updated", "previous"):
         raise ValueError(f'subtract_ema: `ema` must be "updated" or "previous", got {ema!r}.')
     updated = ema == "updated"
 
     def displace(g, old, new, step):
-        return jax.tree.map(jnp.subtract, g, scale(share(step), new if updated else old))
+        mean = new if updated else old
+        part = cosine(mean, g, (norm(mean), norm(g))) if share is None else share(step)
+        return jax.tree.map(jnp.subtract, g, scale(part, mean))
 
     return _moving_average(lambda step: 1 - kept(step), updated, displace)
 
@@ -396,16 +413,17 @@ def variance_suppressed(theta: ScalarOrSchedule) -> optax.GradientTransformation
     return _moving_average(weight, False, displace)
 
 
-def _direction(direction: Any, g: Any, function: str) -> Any:
-    if direction is None:
-        raise ValueError(
-            f"{function}: pass the tree to project with to `update` as the keyword `direction=` "
-            "(the full gradient, for SAM-full and SAM-noise)."
-        )
+def _given(function: str, keyword: str, what: str, tree: Any, g: Any) -> Any:
+    """A tree like the gradient that ``update`` was passed as a keyword."""
+    if tree is None:
+        raise ValueError(f"{function}: pass {what} to `update` as the keyword `{keyword}=`.")
     with contextlib.suppress(ValueError):  # another tree: the next line says where
-        direction = prune(direction, g)
-    check_like(direction, g, function, "direction")
-    return upcast(direction)
+        tree = prune(tree, g)
+    check_like(tree, g, function, keyword)
+    return upcast(tree)
+
+
+_PROJECTED = "the tree to project with (the full gradient, for SAM-full and SAM-noise)"
 
 
 def project_onto() -> optax.GradientTransformationExtraArgs:
@@ -440,7 +458,7 @@ def project_onto() -> optax.GradientTransformationExtraArgs:
     """
 
     def displace(g, params, step, *, direction=None, **extra_args):
-        return project(g, _direction(direction, g, "project_onto"))
+        return project(g, _given("project_onto", "direction", _PROJECTED, direction, g))
 
     return _stateless(displace)
 
@@ -477,7 +495,7 @@ def reject_from() -> optax.GradientTransformationExtraArgs:
     """
 
     def displace(g, params, step, *, direction=None, **extra_args):
-        return reject(g, _direction(direction, g, "reject_from"))
+        return reject(g, _given("reject_from", "direction", _PROJECTED, direction, g))
 
     return _stateless(displace)
 
@@ -682,3 +700,419 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
         return jax.tree.map(draw, eps, params, _leaf_keys(key, _ROUNDING, step, eps))
 
     return _stateless(displace)
+
+
+def blended_ascent(
+    normalized: ScalarOrSchedule, plain: ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    r"""A normalized ascent step and a plain one at once.
+
+    .. math:: \epsilon = a\, \frac{g}{\lVert g \rVert_2} + b\, g
+
+    Args:
+        normalized: a, at least 0, in units of the parameters. A number or a schedule.
+        plain: b, any real number, in units of parameters per gradient; negative, it holds back
+            where the gradient is large. A number or a schedule.
+
+    Returns:
+        A stateless transformation. A zero gradient gives 0. Cost: one norm. ``plain=0`` is
+        `steepest_ascent`, ``normalized=0`` is `gradient_ascent`.
+
+    Raises:
+        ValueError: ``normalized`` is negative, or one of the two is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.blended_ascent(normalized=10.0, plain=-1.0)
+        >>> eps, _ = part.update(jnp.array([3.0, 4.0]), part.init(jnp.zeros(2)))
+        >>> print(eps)
+        [3. 4.]
+
+    References:
+        Oikonomou and Loizou, `Sharpness-Aware Minimization: General Analysis and Improved Rates
+        <https://openreview.net/forum?id=8rvqpiTTFv>`_, ICLR 2025; Wang et al.,
+        Sharpness-Aware Gradient Matching for Domain Generalization, CVPR 2023.
+    """
+    radius = hyperparameter("blended_ascent", "normalized", normalized)
+    size = hyperparameter("blended_ascent", "plain", plain, low=-float("inf"))
+
+    def displace(g, params, step, **extra_args):
+        per_gradient = divide(radius(step), norm(g))
+        return scale(per_gradient + jnp.asarray(size(step), per_gradient.dtype), g)
+
+    return _stateless(displace)
+
+
+def sign_ascent(
+    rho: ScalarOrSchedule, scale: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""The displacement that raises the linearized loss most within a box.
+
+    .. math:: \epsilon = \arg\max_{\lVert \epsilon / t \rVert_\infty \le \rho} \langle g, \epsilon
+              \rangle = \rho\, t\, \mathrm{sign}(g)
+
+    Args:
+        rho: half an edge of the box, at least 0, in units of ``eps / t``. Every coordinate moves
+            by it, so that it must be far smaller than a radius of `steepest_ascent`. A number or
+            a schedule.
+        scale: as in `steepest_ascent`; t must not be negative.
+
+    Returns:
+        A stateless transformation. ``update`` needs ``params`` if ``scale`` is given. A coordinate
+        whose gradient is zero stays; a non-finite one gives a non-finite displacement. Cost:
+        nothing.
+
+    Raises:
+        ValueError: ``rho`` is negative; ``params`` is missing; ``scale`` returns another tree.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.sign_ascent(rho=0.5)
+        >>> eps, _ = part.update(jnp.array([3.0, 0.0, -4.0]), part.init(jnp.zeros(3)))
+        >>> print(eps)
+        [ 0.5  0.  -0.5]
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, ICLR 2021, whose p-norm ball for p = infinity it is.
+    """
+    edge = hyperparameter("sign_ascent", "rho", rho)
+
+    def displace(g, params, step, **extra_args):
+        def sign(x, t=1.0):
+            # The sign of an infinity would be finite.
+            return jnp.asarray(edge(step), x.dtype) * t * jnp.where(jnp.isinf(x), x, jnp.sign(x))
+
+        if scale is None:
+            return jax.tree.map(sign, g)
+        return jax.tree.map(sign, g, _scale_of("sign_ascent", scale, params, g))
+
+    return _stateless(displace)
+
+
+def loss_equated_ascent(
+    sigma: ScalarOrSchedule, rho_max: ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    r"""Steepest ascent as far as the linearized loss rises by a given amount.
+
+    .. math:: \epsilon = \min\left( \frac{\sigma}{\lVert g \rVert_2}, \rho_{max} \right)
+              \frac{g}{\lVert g \rVert_2}
+
+    so that :math:`\langle g, \epsilon \rangle = \sigma` within the largest radius.
+
+    Args:
+        sigma: the rise, at least 0, in units of the loss. A number or a schedule.
+        rho_max: the largest radius, at least 0, in units of the parameters. It is what holds where
+            gradients vanish, and must be one that the network bears. A number or a schedule.
+
+    Returns:
+        A stateless transformation. A zero gradient gives 0. Cost: one norm. Where :math:`\sigma \ge
+        \rho_{max} \lVert g \rVert` it is ``steepest_ascent(rho_max)``.
+
+    Raises:
+        ValueError: ``sigma`` or ``rho_max`` is negative.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.loss_equated_ascent(sigma=25.0, rho_max=10.0)
+        >>> for g in ([3.0, 4.0], [0.75, 1.0]):
+        ...     print(part.update(jnp.array(g), part.init(jnp.zeros(2)))[0])
+        [3. 4.]
+        [6. 8.]
+
+    References:
+        Wang et al., `LE-SAM <https://arxiv.org/abs/2605.10183>`_, ICML 2026.
+    """
+    rise = hyperparameter("loss_equated_ascent", "sigma", sigma)
+    largest = hyperparameter("loss_equated_ascent", "rho_max", rho_max)
+
+    def displace(g, params, step, **extra_args):
+        size = norm(g)
+        radius = divide(rise(step), size)
+        radius = jnp.minimum(radius, jnp.asarray(largest(step), radius.dtype))
+        return scale(divide(radius, size), g)
+
+    return _stateless(displace)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """Whole on every device, where its type says that it is not: only so it can be sorted."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if any(spec) else x
+
+
+def keep_largest(
+    share: ScalarOrSchedule, center: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep the largest elements of every matrix, and set the others to 0.
+
+    .. math:: d_i = g_i \; \text{if } s_i \ge q_{1 - p}(s), \text{ else } 0, \qquad
+              s = |g| \; \text{or} \; |g - \bar g|
+
+    in every leaf with two axes or more, q being a quantile of that leaf's s (between two elements,
+    interpolated) and the bar its mean. Leaves with fewer axes pass as they are.
+
+    Args:
+        share: p, in (0, 1]; 1 returns g. A number or a schedule.
+        center: whether elements count by their distance from the leaf's mean, which is their
+            z-score but for a factor, as in ZSharp.
+
+    Returns:
+        A stateless transformation; chained before `steepest_ascent`, the radius is that of what was
+        kept. A leaf with an element that is not finite passes whole. Cost: a sort per leaf, slow
+        on a CPU.
+
+    Raises:
+        ValueError: ``share`` is outside (0, 1]. TypeError: ``center`` is no bool.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> g = jnp.array([[3.0, -4.0], [1.0, 4.0]])
+        >>> for center in (False, True):  # the mean is 1
+        ...     part = perturbations.keep_largest(share=0.5, center=center)
+        ...     print(part.update(g, part.init(g))[0].ravel())
+        [ 0. -4.  0.  4.]
+        [ 0. -4.  0.  4.]
+
+    References:
+        Yun, `Sharpness-Aware Minimization with Z-Score Gradient Filtering
+        <https://arxiv.org/abs/2505.02369>`_, 2025.
+    """
+    kept = hyperparameter("keep_largest", "share", share, high=1, open_low=True)
+    if not isinstance(center, bool):
+        raise TypeError(f"keep_largest: `center` must be True or False, got {center!r}.")
+
+    def displace(g, params, step, **extra_args):
+        part = kept(step)
+
+        def largest(x):
+            if x.ndim < 2 or not x.size:
+                return x
+            size = jnp.abs(x - jnp.mean(x) if center else x)
+            rest = 1 - jnp.asarray(part, x.dtype)
+            bound = jnp.quantile(_gathered(size), rest)
+            # What is not finite makes the quantile NaN. XLA may round the two sizes differently.
+            return jnp.where((rest > 0) & (size < bound), 0, x)
+
+        return jax.tree.map(largest, g)
+
+    return _stateless(displace)
+
+
+def apply_ascent_mask() -> optax.GradientTransformationExtraArgs:
+    r"""Set to 0 what a mask leaves out, a tree passed to ``update`` as ``ascent_mask=``.
+
+    .. math:: d = m \odot g
+
+    The mask is known at run time alone and may be of single elements, unlike the combinator's
+    ``mask=``, which leaves out whole leaves for good. After `steepest_ascent` the displacement is a
+    piece of the ball's, shorter than its radius (SSAM); before it, it has that radius.
+
+    Returns:
+        A stateless transformation; ``update`` needs the keyword ``ascent_mask``, a tree like params
+        of bools, or of numbers that are 0 where left out. See `fisher_mask` and `dynamic_mask`.
+        Cost: nothing.
+
+    Raises:
+        ValueError: ``ascent_mask`` is missing, or not like the parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.apply_ascent_mask()
+        >>> mask = jnp.array([True, False])
+        >>> d, _ = part.update(jnp.array([3.0, 4.0]), part.init(mask), ascent_mask=mask)
+        >>> print(d)
+        [3. 0.]
+
+    References:
+        Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
+        <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022.
+    """
+
+    def displace(g, params, step, *, ascent_mask=None, **extra_args):
+        chosen = _given("apply_ascent_mask", "ascent_mask", "the mask", ascent_mask, g)
+        return jax.tree.map(lambda keep, x: jnp.where(keep != 0, x, 0), chosen, g)
+
+    return _stateless(displace)
+
+
+def tilt_towards(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Turn the ascent direction towards ``direction=``, a tree passed to ``update``.
+
+    .. math:: d = \hat g + \alpha\, \mathrm{sign} \langle \hat g, \hat v \rangle \, (\hat v -
+              \langle \hat v, \hat g \rangle \hat g), \qquad \hat u = u / \lVert u \rVert_2
+
+    Length and sign of v do not matter. The result is longer than 1: what sets the radius follows,
+    `gradient_ascent` to multiply it, as the authors of Eigen-SAM do, or `steepest_ascent` to
+    normalize it.
+
+    Args:
+        alpha: weight of v's component across g, at least 0. A number or a schedule.
+
+    Returns:
+        A stateless transformation; ``update`` needs the keyword ``direction``, a tree like params.
+        ``alpha=0``, ``v=0`` and a v along or across g give the unit gradient; a zero gradient
+        gives 0. Cost: two norms and two inner products.
+
+    Raises:
+        ValueError: ``alpha`` is negative; ``direction`` is missing, or not like the parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.tilt_towards(alpha=0.5)
+        >>> v = jnp.array([-3.0, -4.0])
+        >>> d, _ = part.update(jnp.array([2.0, 0.0]), part.init(v), direction=v)
+        >>> print(d)
+        [1.  0.4]
+
+    References:
+        Luo et al., `Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization
+        <https://arxiv.org/abs/2501.12666>`_, NeurIPS 2024.
+    """
+    weight = hyperparameter("tilt_towards", "alpha", alpha)
+
+    def displace(g, params, step, *, direction=None, **extra_args):
+        v = _given("tilt_towards", "direction", "the tree to turn to", direction, g)
+        v, g = (scale(divide(1, norm(x)), x) for x in (v, g))
+        side = jnp.sign(inner(g, v))
+        tilt = scale(jnp.asarray(weight(step), side.dtype) * side, reject(v, g))
+        return jax.tree.map(jnp.add, g, tilt)
+
+    return _stateless(displace)
+
+
+def _more_gradients(function: str, grad_fn: Any, params: Any) -> Callable:
+    """``eps -> (gradient at w + eps, w + eps)``."""
+    if grad_fn is None or params is None:
+        raise ValueError(
+            f"{function}: it looks at the gradient at more points; pass `params` and `grad_fn=` to "
+            "`update`, or use it in `sharpness_aware`. One-gradient methods have no other point."
+        )
+
+    def look(eps):
+        point = shifted(params, eps)
+        return upcast(grad_fn(point)), point
+
+    return look
+
+
+def repeated(
+    perturbation: optax.GradientTransformation, num_steps: int, reset: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Climb in several steps, each along the gradient where the one before has led.
+
+    .. math:: \epsilon_0 = 0, \qquad \epsilon_{i+1} = \epsilon_i + p(\nabla L(w + \epsilon_i),
+              w + \epsilon_i), \qquad \epsilon = \epsilon_n
+
+    Every step is as long as p makes it: with ``steepest_ascent(rho)``, eps has a length of up to
+    ``num_steps * rho``. It is not projected onto a ball.
+
+    Args:
+        perturbation: p, any perturbation. It sees the point reached as its parameters.
+        num_steps: n, a static integer of at least 1; 1 is p itself.
+        reset: whether the state of p begins anew at every training step, so that none is stored.
+
+    Returns:
+        A transformation with the state of p, which moves with the clean gradient, once per training
+        step, as if p stood alone; what the later steps make of it is forgotten. ``update`` needs
+        ``params`` and the keyword ``grad_fn=``, which the combinator hands over. Cost: ``num_steps
+        - 1`` gradients, one copy of the parameters while they last, and a program as much longer.
+
+    Raises:
+        ValueError, TypeError: ``num_steps`` is no integer of at least 1, ``perturbation`` no
+            transformation; ``params`` or ``grad_fn`` is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import perturbations
+        >>> part = perturbations.repeated(perturbations.gradient_ascent(1.0), num_steps=2)
+        >>> w, grad_fn = jnp.array([1.0, 2.0]), jax.grad(lambda w: jnp.sum(w**2) / 2)
+        >>> eps, _ = part.update(grad_fn(w), part.init(w), w, grad_fn=grad_fn)
+        >>> print(eps)  # w, and then 2 w
+        [3. 6.]
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, ICLR 2021.
+
+    .. note:: Differences. ``sync_period=n`` of `optax.contrib.sam` is ``num_steps=n - 1,
+        reset=True``. For a p without a state, ``reset`` changes nothing; with Adam it does: on the
+        two minima of Optax's notebook, the flat one is found with it alone.
+    """
+    check_number("repeated", "num_steps", num_steps, low=1, integer=True)
+    check_parts("repeated", perturbation=perturbation)
+    climb = optax.with_extra_args_support(perturbation)
+
+    def update(updates, state, params=None, *, grad_fn: Any = None, **extra_args):
+        if grad_fn is not None:
+            extra_args["grad_fn"] = grad_fn
+        started = climb.init(params) if reset else state  # type: ignore[arg-type]
+        eps, kept = climb.update(updates, started, params, **extra_args)
+        moved = kept
+        for _ in range(num_steps - 1):
+            gradient, point = _more_gradients("repeated", grad_fn, params)(eps)
+            further, moved = climb.update(gradient, moved, point, **extra_args)
+            eps = jax.tree.map(jnp.add, upcast(eps), upcast(further))
+        return cast_like(eps, updates), state if reset else kept
+
+    init = (lambda params: optax.EmptyState()) if reset else climb.init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def from_where(
+    first: optax.GradientTransformation, then: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ascend from where another displacement has led.
+
+    .. math:: \epsilon = \epsilon_1 + p_2(\nabla L(w + \epsilon_1), w + \epsilon_1), \qquad
+              \epsilon_1 = p_1(g, w)
+
+    With `gaussian_noise` first, the ascent starts at a random point (R-SAM); the clean gradient is
+    then not used, and `jax.jit` leaves its backward pass out unless something else reads it.
+
+    Args:
+        first, then: :math:`p_1, p_2`, any perturbations.
+
+    Returns:
+        A transformation whose state is the pair of theirs. ``update`` needs ``params`` and the
+        keyword ``grad_fn=``, which the combinator hands over. Cost: one gradient, and one copy of
+        the parameters while it lasts; where ``then`` has a state, on skipped steps too.
+
+    Raises:
+        ValueError, TypeError: one of the two is no transformation; ``params`` or ``grad_fn`` is
+            missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax.perturbations import from_where, gradient_ascent
+        >>> part = from_where(gradient_ascent(1.0), gradient_ascent(0.5))
+        >>> w, grad_fn = jnp.array([1.0, 2.0]), jax.grad(lambda w: jnp.sum(w**2) / 2)
+        >>> eps, _ = part.update(grad_fn(w), part.init(w), w, grad_fn=grad_fn)
+        >>> print(eps)  # w, and then half of 2 w
+        [2. 4.]
+
+    References:
+        Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022.
+    """
+    check_parts("from_where", first=first, then=then)
+    first, then = map(optax.with_extra_args_support, (first, then))
+
+    def init(params):
+        return first.init(params), then.init(params)
+
+    def update(updates, state, params=None, *, grad_fn: Any = None, **extra_args):
+        look = _more_gradients("from_where", grad_fn, params)
+        extra_args["grad_fn"] = grad_fn
+        eps, one = first.update(updates, state[0], params, **extra_args)
+        gradient, point = look(eps)
+        further, two = then.update(gradient, state[1], point, **extra_args)
+        eps = jax.tree.map(jnp.add, upcast(eps), upcast(further))
+        return cast_like(eps, updates), (one, two)
+
+    return optax.GradientTransformationExtraArgs(init, update)

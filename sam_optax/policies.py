@@ -252,3 +252,34 @@ def from_step(start: int, policy: Policy) -> Policy:
         return (step >= start) & ascend, state
 
     return Policy(policy.init, decide, policy.needs_gradient)
+
+
+def between(start: int, stop: int, policy: Policy) -> Policy:
+    """A policy within a span of steps, the base optimizer alone before and after it.
+
+    Args:
+        start, stop: the first step at which to ask ``policy``, and the first at which not to ask it
+            any more; integers, ``0 <= start <= stop``.
+        policy: any `Policy`. It is asked at every step, see `from_step`.
+
+    Returns:
+        A `Policy` with the state of ``policy``.
+
+    Raises:
+        ValueError, TypeError: ``start`` is not an integer of at least 0, or ``stop`` of at least
+            ``start``.
+
+    Examples:
+        >>> from sam_optax import policies
+        >>> policy = policies.between(1, 3, policies.always())
+        >>> [bool(policy.decide(None, step, ())[0]) for step in range(4)]
+        [False, True, True, False]
+    """
+    check_number("between", "start", start, integer=True)
+    check_number("between", "stop", stop, low=start, integer=True)
+
+    def decide(g: Any, step: Any, state: Any):
+        ascend, state = policy.decide(g, step, state)
+        return (start <= step) & (step < stop) & ascend, state
+
+    return Policy(policy.init, decide, policy.needs_gradient)

@@ -13,25 +13,29 @@ ValueError that names function, argument, value and range; of another kind or sh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import hyperparameter, is_array
+from sam_optax._checks import check_like, hyperparameter, is_array
 from sam_optax._tree import (
     cast_like,
+    distance,
     divide,
     inner,
     norm,
     reject,
     scale,
     select,
+    shifted,
     square,
     upcast,
 )
 from sam_optax._types import Direction, ScalarOrSchedule, SurrogateRule
+
+_scaled = scale  # for where an argument has that name
 
 
 def _stateless(fresh) -> SurrogateRule:
@@ -75,14 +79,15 @@ def interpolated(alpha: ScalarOrSchedule) -> SurrogateRule:
     :math:`d = g`.
 
     Args:
-        alpha: weight of the perturbed gradient, in [0, 1]; a number or a schedule.
+        alpha: weight of the perturbed gradient, at least 0; above 1, d lies beyond it. A number or
+            a schedule.
 
     Returns:
         A stateless `SurrogateRule`. ``alpha = 1`` is `perturbed_gradient`, ``alpha = 0`` the clean
         gradient.
 
     Raises:
-        ValueError: ``alpha`` is outside [0, 1].
+        ValueError: ``alpha`` is negative.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -100,7 +105,7 @@ def interpolated(alpha: ScalarOrSchedule) -> SurrogateRule:
     .. note:: Differences. The authors' code by default replaces the clean gradient in d by its unit
         vector; this is the paper's rule.
     """
-    weight = hyperparameter("interpolated", "alpha", alpha, high=1)
+    weight = hyperparameter("interpolated", "alpha", alpha)
     return _stateless(lambda g, gp, step: _mix(g, gp, weight(step)))
 
 
@@ -191,24 +196,30 @@ def weight_decoupled(gamma: ScalarOrSchedule) -> SurrogateRule:
     return SurrogateRule(lambda params: (), fresh, stale)
 
 
-def gap_descent(alpha: ScalarOrSchedule) -> SurrogateRule:
+def gap_descent(
+    alpha: ScalarOrSchedule, minimize: Literal["perturbed", "clean"] = "perturbed"
+) -> SurrogateRule:
     r"""Descend on the perturbed loss and shrink the surrogate gap as well.
 
     .. math:: d = g_p - \alpha\, g_\perp, \qquad
               g_\perp = g - \frac{\langle g, g_p \rangle}{\lVert g_p \rVert^2} g_p; \qquad
               \text{stale: } d = g.
 
-    :math:`g_\perp` is the component of the clean gradient orthogonal to the perturbed one.
+    :math:`g_\perp` is the component of the clean gradient orthogonal to the perturbed one. With
+    ``minimize="clean"`` the two change places:
+
+    .. math:: d = g + \alpha \left( g_p - \frac{\langle g_p, g \rangle}{\lVert g \rVert^2} g \right)
 
     Args:
         alpha: weight of the orthogonal component, at least 0; a number or a schedule.
+        minimize: the loss of which d has the whole gradient, ``"perturbed"`` or ``"clean"``.
 
     Returns:
-        A stateless `SurrogateRule`. ``alpha = 0`` is `perturbed_gradient`. Cost: two norms and an
-        inner product.
+        A stateless `SurrogateRule`. ``alpha = 0`` is `perturbed_gradient`, or with
+        ``minimize="clean"`` the clean gradient. Cost: a norm and an inner product.
 
     Raises:
-        ValueError: ``alpha`` is negative.
+        ValueError: ``alpha`` is negative, or ``minimize`` is another word.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -221,10 +232,19 @@ def gap_descent(alpha: ScalarOrSchedule) -> SurrogateRule:
     References:
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
+
+    .. note:: Differences. ``minimize="clean"`` is an option of the authors' JAX code
+        (``minimize_fp=False``); the paper has the other form alone.
     """
     weight = hyperparameter("gap_descent", "alpha", alpha)
+    if minimize not in ("perturbed", "clean"):
+        raise ValueError(
+            f'gap_descent: `minimize` must be "perturbed" or "clean", got {minimize!r}.'
+        )
 
     def fresh(g, gp, step):
+        if minimize == "clean":
+            return jax.tree.map(jnp.add, upcast(g), scale(weight(step), reject(gp, g)))
         return jax.tree.map(jnp.subtract, upcast(gp), scale(weight(step), reject(g, gp)))
 
     return _stateless(fresh)
@@ -304,7 +324,11 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
     return SurrogateRule(init, fresh, stale)
 
 
-def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> SurrogateRule:
+def renormalized(
+    rule: SurrogateRule,
+    clip: ScalarOrSchedule | None = None,
+    scale: Callable[[Any], Any] | None = None,
+) -> SurrogateRule:
     r"""Another rule's direction, at the length of the clean gradient.
 
     .. math:: d' = \gamma_t\, d, \qquad \gamma_t = \lVert g \rVert / \lVert d \rVert
@@ -316,12 +340,15 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
         rule: the rule to renormalize; a decoupled term stays as it is.
         clip: None, or :math:`\gamma_0` in (0, 1); a number or a schedule. It bounds the ratio of
             clean to perturbed gradient norm, so that it does not act on stale steps.
+        scale: None for plain norms, or a function t from the parameters to a tree like them: on
+            fresh steps :math:`\gamma_t = \lVert t(w) g \rVert / \lVert t(w + \epsilon) d \rVert`.
 
     Returns:
-        A `SurrogateRule` with the state of ``rule``. Cost: two norms.
+        A `SurrogateRule` with the state of ``rule``; it probes where that does, and with ``scale``.
+        Cost: two norms.
 
     Raises:
-        ValueError: ``clip`` is outside (0, 1).
+        ValueError: ``clip`` is outside (0, 1); ``scale`` returns another tree.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -337,28 +364,250 @@ def renormalized(rule: SurrogateRule, clip: ScalarOrSchedule | None = None) -> S
 
     .. note:: Differences. The text speaks of a norm that "does not exceed" the clean one;
         Algorithm 1 and the authors' code set it equal in both directions, as here. In the
-        authors' adaptive mode the two norms are scaled by |w|; here they are always plain norms,
-        as in the paper.
+        authors' adaptive mode the two norms are scaled: ``scale=lambda w: jax.tree.map(jnp.abs,
+        w)``; here they are plain norms unless asked for, as in the paper.
     """
     bound: Any = None
     if clip is not None:
         bound = hyperparameter("renormalized", "clip", clip, high=1, open_low=True, open_high=True)
 
-    def rescale(direction, g, low):
-        if direction.descent is g:
+    def length(tree, w):
+        if scale is None or w is None:
+            return norm(tree)
+        t = scale(upcast(w))
+        check_like(t, tree, "renormalized", "what `scale` returned")
+        return norm(jax.tree.map(jnp.multiply, upcast(t), upcast(tree)))
+
+    def rescale(direction, g, low=None, w=None, perturbed=None):
+        d = direction.descent
+        if d is g:
             return direction
-        factor = divide(norm(g), norm(direction.descent), otherwise=1.0)
+        factor = divide(length(g, w), length(d, perturbed), otherwise=1.0)
         if low is not None:
             low = jnp.asarray(low, factor.dtype)
             factor = jnp.minimum(jnp.maximum(factor, low), jnp.sqrt(low))
-        return direction._replace(descent=cast_like(scale(factor, direction.descent), g))
+        return direction._replace(descent=cast_like(_scaled(factor, d), g))
 
     def fresh(g, gp, step, state, **probe):
-        direction, state = rule.fresh(g, gp, step, state, **probe)
-        return rescale(direction, g, None if bound is None else bound(step)), state
+        direction, state = rule.fresh(g, gp, step, state, **(probe if rule.probes else {}))
+        points = ()
+        if scale is not None:
+            w, eps = probe["params"], probe["evaluate"].average(probe["eps"])
+            points = w, shifted(w, eps)
+        return rescale(direction, g, None if bound is None else bound(step), *points), state
 
     def stale(g, step, state):
         direction, state = rule.stale(g, step, state)
-        return rescale(direction, g, None), state
+        return rescale(direction, g), state
 
-    return SurrogateRule(rule.init, fresh, stale, rule.probes)
+    return SurrogateRule(rule.init, fresh, stale, rule.probes or scale is not None)
+
+
+# --- Rules that look at more than the two gradients -----------------------------------------------
+
+
+def _probing(fresh) -> SurrogateRule:
+    """As `_stateless`, for ``fresh(g, gp, step, eps=, params=, evaluate=)``."""
+    return SurrogateRule(
+        lambda params: (),
+        lambda g, gp, step, state, **probe: (
+            Direction(cast_like(fresh(g, gp, step, **probe), g)),
+            state,
+        ),
+        lambda g, step, state: (Direction(g), state),
+        probes=True,
+    )
+
+
+def spherical(alpha: ScalarOrSchedule) -> SurrogateRule:
+    r"""Descend along a point of the arc that leads from the ascent direction to the perturbed
+    gradient.
+
+    .. math:: d = \lVert g_p \rVert_2 \left( \frac{\sin((1 - \alpha) \theta)}{\sin \theta}
+              \hat\epsilon + \frac{\sin(\alpha \theta)}{\sin \theta} \hat g_p \right), \qquad
+              \theta = \angle(\epsilon, g_p); \qquad \text{stale: } d = g.
+
+    Where there is no arc, d is :math:`g_p`: for eps = 0, for a :math:`g_p` along it (every point of
+    the arc is the same) or straight against it.
+
+    Args:
+        alpha: how far along the arc, at least 0: 0 is the ascent direction, 1 the perturbed
+            gradient, and beyond 1 the arc goes on. A number or a schedule.
+
+    Returns:
+        A `SurrogateRule` without state that is handed eps (``probes=True``), but evaluates nothing.
+        ``alpha = 1`` is `perturbed_gradient`. Cost: four norms; eps and
+        two unit vectors, up to two copies of the parameters more.
+
+    Raises:
+        ValueError: ``alpha`` is negative.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from sam_optax import sharpness_aware
+        >>> from sam_optax.perturbations import gradient_ascent
+        >>> from sam_optax.surrogates import spherical
+        >>> tx = sharpness_aware(optax.identity(), gradient_ascent(1.0), spherical(2.0))
+        >>> g, gp = jnp.array([0.5, 0.0]), jnp.array([0.0, 4.0])
+        >>> d, _ = tx.update(g, tx.init(g), g, grad_fn=lambda point: gp)
+        >>> print(jnp.round(d, 3) + 0)  # from 90 degrees on to 180
+        [-4.  0.]
+
+    References:
+        Chen and Zhou, `XSAM <https://arxiv.org/abs/2603.10048>`_, ICLR 2026.
+
+    .. note:: Differences. The authors' code takes the mean of the two where their angle vanishes;
+        there they are one.
+    """
+    share = hyperparameter("spherical", "alpha", alpha)
+
+    def fresh(g, gp, step, *, eps, params, evaluate):
+        eps = evaluate.average(eps)
+        radius, length = norm(eps), norm(gp)
+        start, end = scale(divide(1, radius), eps), scale(divide(1, length), gp)
+        apart, together = distance(start, end), norm(jax.tree.map(jnp.add, start, end))
+        known = (radius > 0) & (length > 0) & jnp.isfinite(length)
+        is_arc = known & (together > 8 * jnp.finfo(together.dtype).eps)
+        length = jnp.where(is_arc, length, 0)
+        # Of an arc cosine, a small angle would have half the digits.
+        angle = 2 * jnp.arctan2(jnp.where(is_arc, apart, 0), jnp.where(is_arc, together, 1))
+        sine, part = jnp.sin(angle), jnp.asarray(share(step), angle.dtype)
+        from_start = divide(jnp.sin((1 - part) * angle), sine, otherwise=0.0)
+        from_end = divide(jnp.sin(part * angle), sine, otherwise=1.0)
+        return jax.tree.map(jnp.add, scale(length * from_start, start), scale(from_end, gp))
+
+    return _probing(fresh)
+
+
+def curvature_regularized(gamma: ScalarOrSchedule, beta: ScalarOrSchedule) -> SurrogateRule:
+    r"""Descend on the perturbed loss, and penalize curvature and slope along the ascent direction.
+
+    .. math:: d = g_+ + \gamma (g_+ + g_- - 2 g) + \beta (g_+ - g_-), \qquad g_\pm = \nabla L(w \pm
+              \epsilon); \qquad \text{stale: } d = g.
+
+    The brackets are the gradients of :math:`L_+ + L_- - 2 L` and of :math:`L_+ - L_-`, with eps
+    held fast: a second and a first difference of the loss.
+
+    Args:
+        gamma: weight of the second difference, at least 0; a number or a schedule.
+        beta: weight of the first difference, at least 0; a number or a schedule.
+
+    Returns:
+        A `SurrogateRule` without state that looks at :math:`w - \epsilon` (``probes=True``).
+        ``gamma = beta = 0`` is `perturbed_gradient`, at the same price. Cost: one gradient beyond
+        the perturbed one; two copies of the parameters while it lasts.
+
+    Raises:
+        ValueError: ``gamma`` or ``beta`` is negative.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import surrogates
+        >>> rule = surrogates.curvature_regularized(0.5, 0.25)
+        >>> w, eps = jnp.array(0.0), jnp.array(2.0)
+        >>> evaluate = jax.value_and_grad(lambda w: w**3 / 3)  # gradients 0, 4 and 4
+        >>> probe = {"eps": eps, "params": w, "evaluate": evaluate}
+        >>> direction, _ = rule.fresh(evaluate(w)[1], evaluate(w + eps)[1], 0, (), **probe)
+        >>> print(direction.descent)  # 4 + 0.5 * 8 + 0.25 * 0
+        8.0
+
+    References:
+        Wu, Luo and Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024.
+
+    .. note:: Differences. The regularizer is a quotient of such differences; the authors' code
+        stores the losses that its denominators need and never reads them, so that constants stand
+        in their place, as here.
+    """
+    second = hyperparameter("curvature_regularized", "gamma", gamma)
+    first = hyperparameter("curvature_regularized", "beta", beta)
+
+    def fresh(g, gp, step, *, eps, params, evaluate):
+        _, behind = evaluate(shifted(params, jax.tree.map(jnp.negative, eps)))
+
+        def combine(x, ahead, back):
+            curved, sloped = (jnp.asarray(weight(step), x.dtype) for weight in (second, first))
+            return ahead + curved * (ahead + back - 2 * x) + sloped * (ahead - back)
+
+        return jax.tree.map(combine, *map(upcast, (g, gp, behind)))
+
+    return _probing(fresh)
+
+
+def first_order_flatness(
+    rho: ScalarOrSchedule,
+    beta_1: ScalarOrSchedule,
+    beta_2: ScalarOrSchedule,
+    beta_3: ScalarOrSchedule,
+    gamma: ScalarOrSchedule,
+) -> SurrogateRule:
+    r"""Descend on the perturbed loss, and on the largest gradient norm nearby as well.
+
+    .. math::
+        g_1 = g_p, \quad
+        g_2 = \nabla L(w + \epsilon_1), \; \epsilon_1 = \rho \frac{g_1 - g}{\lVert g_1 - g \rVert},
+        \quad
+        g_3 = \nabla L(w + \epsilon_1 + \epsilon_2), \; \epsilon_2 = \lVert \epsilon \rVert
+        \frac{g_2}{\lVert g_2 \rVert},
+
+        d = h - \gamma \left( q - \frac{\langle q, h \rangle}{\lVert h \rVert^2} h \right), \quad
+        h = \beta_1 g_1 + \beta_3 g_3, \quad q = g + \beta_2 g_2; \qquad \text{stale: } d = g.
+
+    As :math:`g_1 - g` points to where the gradient norm rises, :math:`g_3 - g_2` is, but for a
+    factor, the gradient of that norm at :math:`w + \epsilon_1`.
+
+    Args:
+        rho: radius within which the gradient norm is raised, at least 0, in units of the
+            parameters; the perturbation's own is that of the two other displacements.
+        beta_1, beta_3: weights in h; any real numbers.
+        beta_2: weight in q, at least 0.
+        gamma: weight of q's component across h, at least 0. All of them numbers or schedules.
+
+    Returns:
+        A `SurrogateRule` without state that looks at two more points (``probes=True``). Leaves that
+        eps leaves alone, since a mask left them out, are not displaced there either. ``beta_1 = 1,
+        beta_3 = gamma = 0`` is `perturbed_gradient`, at the same price. Cost: two gradients beyond
+        the perturbed one; up to four copies of the parameters while they last.
+
+    Raises:
+        ValueError: a number is outside its range.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import surrogates
+        >>> rule = surrogates.first_order_flatness(2.0, 1.0, 1.0, 1.0, 0.0)
+        >>> w, eps = jnp.array(1.0), jnp.array(1.0)
+        >>> evaluate = jax.value_and_grad(lambda w: w**2 / 2)
+        >>> probe = {"eps": eps, "params": w, "evaluate": evaluate}
+        >>> direction, _ = rule.fresh(evaluate(w)[1], evaluate(w + eps)[1], 0, (), **probe)
+        >>> print(direction.descent)  # at 2, and at 1 + 2 + 1
+        6.0
+
+    References:
+        Zhang et al., Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves
+        Generalization, CVPR 2023.
+
+    .. note:: Differences. In the authors' code :math:`\beta_2` is given as a negative number, of
+        which the absolute value is used, and a fifth weight is not used at all.
+    """
+    name = "first_order_flatness"
+    radius = hyperparameter(name, "rho", rho)
+    first = hyperparameter(name, "beta_1", beta_1, low=-float("inf"))
+    second = hyperparameter(name, "beta_2", beta_2)
+    third = hyperparameter(name, "beta_3", beta_3, low=-float("inf"))
+    across = hyperparameter(name, "gamma", gamma)
+
+    def fresh(g, gp, step, *, eps, params, evaluate):
+        def climb(tree, length):
+            chosen = jax.tree.map(lambda e, x: jnp.where(jnp.any(e != 0), x, 0), eps, upcast(tree))
+            return scale(divide(length, norm(chosen)), chosen)
+
+        def plus(tree, weight, other):
+            return jax.tree.map(jnp.add, upcast(tree), scale(weight, other))
+
+        up = climb(plus(gp, -1, g), radius(step))
+        g2 = evaluate(shifted(params, up))[1]
+        g3 = evaluate(shifted(params, plus(up, 1, climb(g2, norm(eps)))))[1]
+        h = plus(scale(first(step), gp), third(step), g3)
+        return plus(h, -across(step), reject(plus(g, second(step), g2), h))
+
+    return _probing(fresh)

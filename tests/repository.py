@@ -20,10 +20,20 @@ def load_example(name: str) -> Any:
     return module
 
 
+def tables(first: str, text: str = README) -> list[dict[str, str]]:
+    """The rows of all tables of a text whose first column has that heading, by heading."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith(f"| {first} |")]
+    return [row for start in starts for row in _rows(lines, start)]
+
+
 def table(first: str) -> list[dict[str, str]]:
     """The rows of the README's table whose first column has that heading, by heading."""
-    lines = README.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    return tables(first)
+
+
+def _rows(lines: list[str], start: int) -> list[dict[str, str]]:
+    """Those of the table whose head is at a line."""
 
     def cells(line):
         return [cell.strip() for cell in line.strip().strip("|").split(" | ")]

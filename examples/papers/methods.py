@@ -20,14 +20,18 @@ import optax
 import sam_optax
 from sam_optax import perturbations, policies, surrogates, variants
 
+# What the radius is called, where it is not `rho`.
+RADIUS = {"le_sam": "rho_max", "m_rwp": "std"}
+# They are handed a tree at every step, which these programs do not make.
+_HANDED = ("eigen_sam", "sparse_sam")
 NAMED: dict[str, Callable] = {
     name: function
     for name, function in vars(variants).items()
-    if name in sam_optax.__all__
+    if name in sam_optax.__all__ and name not in _HANDED
     if getattr(function, "__module__", None) == variants.__name__  # defined, not imported, there
     if "base" in inspect.signature(function).parameters
 }
-"""The library's methods of two gradients, in the order in which it defines them."""
+"""The library's methods of two gradients, in the order in which it defines them, but `_HANDED`."""
 
 ONE_GRADIENT: dict[str, Callable] = {
     function.__name__: function

@@ -157,7 +157,7 @@ def _rows(experiment: dict, block: dict, thin: bool) -> Iterator[dict]:
                 yield {"label": f"{low:+d}, {high:+d}", **pair}
         return
     for row in rows or [{"label": ""}]:
-        row = dict(row)
+        row: dict[str, Any] = dict(row)
         values, name = row.pop("sweep", experiment.get("sweep")), experiment.get("x")
         if values is None:
             yield row

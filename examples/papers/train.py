@@ -782,10 +782,10 @@ def _option_flags(parser: argparse.ArgumentParser) -> None:
     takers: dict[str, list[str]] = {}
     for method in methods.METHODS:
         for name, default in methods.options_of(method).items():
-            if name != "adaptive_mask":
+            if name not in ("adaptive_mask", "rows"):
                 takers.setdefault(name, []).append(f"{method} ({default})")
     group = parser.add_argument_group("options of the methods (and their defaults)")
-    kinds = {"k": int, "ema": str}
+    kinds = {"k": int, "num_steps": int, "ema": str, "minimize": str}
     for name, by in takers.items():
         flag = "--" + name.replace("_", "-")
         kind = kinds.get(name, float)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.serialization
@@ -15,7 +15,7 @@ import orbax.checkpoint
 import pytest
 
 from sam_optax._types import ScalarOrSchedule
-from tests.oracles.problems import quartic, regression
+from tests.oracles.problems import directed, quartic, regression
 from tests.oracles.rows import (
     METHODS,
     RHO,
@@ -62,6 +62,8 @@ def compiled(row: Row):
 @each_part
 def test_float32_stays_near_float64(row):
     """A guard against formulas that lose digits: the same six steps in half the precision."""
+    if row.random:  # its draws are others
+        return
     walked, info = compiled(row)(problem32().params)[2:]
     assert_steps(walked, info, oracle(row), rtol=2e-4, atol=2e-5)
 
@@ -153,9 +155,9 @@ def owned(row: Row) -> tuple[Any, Walk]:
 def test_second_gradients_are_counted(row):
     """`grad_fn` runs, under jit, at the steps at which the oracle ascends, and only there."""
     _, walk = owned(row)
-    planned = [s.ascended for s in oracle(row)]
-    assert walk.counts == planned
-    assert walk.ascended == planned
+    ascended = [s.ascended for s in oracle(row)]
+    assert walk.counts == [row.gradients * ascends for ascends in ascended]
+    assert walk.ascended == ascended
 
 
 @each_part
@@ -324,7 +326,8 @@ def test_injected_rho(row):
 def real_hyperparameters(method):
     """What is documented as a number or a schedule."""
     hints = typing.get_type_hints(method)
-    return [k for k, v in hints.items() if v in (ScalarOrSchedule, ScalarOrSchedule | None)]
+    kinds = (ScalarOrSchedule, ScalarOrSchedule | None, ScalarOrSchedule | Literal["cosine"])
+    return [k for k, v in hints.items() if v in kinds]
 
 
 # Whether to ascend; they move far enough for the decision to move with them.
@@ -337,6 +340,7 @@ def test_schedules_are_evaluated_at_the_step(name):
     problem, method = quartic(1).cast(np.float32), METHODS[name]
     params, batch = problem.params, problem.batch(0)
     grad_fn = jax.grad(lambda p: problem.loss(p, batch))
+    keywords = {"grad_fn": grad_fn} | directed(params)
     known = {"learning_rate": 0.1, "total_steps": 8, "key": jax.random.key(0)}
     needed = {"learning_rate": 0.1} if name == "wsam" else {}
     needed |= {
@@ -352,7 +356,7 @@ def test_schedules_are_evaluated_at_the_step(name):
     def run():
         grads = grad_fn(params)
         plain = method(base(), **needed)
-        _, state = plain.update(grads, plain.init(params), params, grad_fn=grad_fn)
+        _, state = plain.update(grads, plain.init(params), params, **keywords)
         state = state._replace(step=jnp.asarray(6, jnp.int32))
         found = []
         for group in filter(None, groups):
@@ -363,7 +367,7 @@ def test_schedules_are_evaluated_at_the_step(name):
             }
             fixed = {argument: b for argument, (_, b) in spans.items()}
             txs = (method(base(), **needed | values) for values in (scheduled, fixed))
-            found.append([tx.update(grads, state, params, grad_fn=grad_fn) for tx in txs])
+            found.append([tx.update(grads, state, params, **keywords) for tx in txs])
         return found
 
     for scheduled, fixed in run():

@@ -49,7 +49,7 @@ RANGES = [
     (part(sam_optax.ae_sam, BASE, 10), "lambda_1", float("-inf"), "(-inf, inf)"),
     (part(sam_optax.ae_look_sam, BASE, 10), "lambda_2", float("nan"), "(-inf, inf)"),
     (part(sam_optax.vasso, BASE), "theta", -0.1, "[0, 1]"),
-    (part(sam_optax.gnp, BASE), "alpha", 1.1, "[0, 1]"),
+    (part(sam_optax.gnp, BASE), "alpha", -0.1, "[0, inf)"),
     (part(sharpness_aware, BASE, steepest_ascent(0.1)), "learning_rate", -1.0, "[0, inf)"),
     (part(sam_optax.proportional_rho, 0.1, 0.5), "lr_max", 0.1, "[0.5, inf)"),
     (part(perturbations.gradient_ascent), "rho", -1.0, "[0, inf)"),

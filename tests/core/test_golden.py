@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import sam_optax
-from sam_optax import perturbations, policies, surrogates, training
+from sam_optax import bayesian, perturbations, policies, surrogates, training
 from tests.oracles import problems, references
 from tests.oracles.rows import untyped
 
@@ -40,6 +40,12 @@ class Run:
         steps = self.stored["steps"][-1]
         if self.stored["problem"] == "mlp":
             self.problem = problems.classification(steps, self.stored.get("kept"))
+            if self.stored.get("interleaved"):
+                both = problems.classification(2 * steps).batches
+                self.problem = self.problem._replace(
+                    batches=tuple(x[::2] for x in both),
+                    perturbed_batches=tuple(x[1::2] for x in both),
+                )
         else:
             self.problem = problems.rosenbrock(steps)
         settings = dict(self.stored["base"])
@@ -268,6 +274,149 @@ def rare_classes(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return run.h.sharpness * (1 - counts / counts.sum()) ** run.h.gamma, np.ones(4)
 
 
+def recorded(update: Callable) -> Any:
+    """A perturbation from ``update(g, params, step)``, for what a run recorded."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None, **extra: (
+            update(updates, params, extra["step"]),
+            state,
+        ),
+    )
+
+
+def apply(part: optax.GradientTransformation, g: Any, **keywords: Any) -> Any:
+    """A stateless part's displacement."""
+    return untyped(part).update(g, part.init(g), **keywords)[0]
+
+
+def at_step(run: Run, numbers: Any) -> Callable:
+    """``step -> tree`` of what is recorded for every step."""
+    tree = run.problem.unflatten(np.array(numbers, dtype=float))
+    return lambda step: jax.tree.map(lambda x: jnp.asarray(x)[step], tree)
+
+
+def shapes(run: Run) -> list[tuple]:
+    return [np.shape(x) for x in jax.tree.leaves(run.problem.params)]
+
+
+def library_zsharp(run: Run):
+    """Their radius for every matrix, and for vectors a piece of SAM's displacement."""
+    ascent = perturbations.steepest_ascent(run.h.rho)
+    alone = optax.chain(perturbations.keep_largest(run.h.share, center=True), ascent)
+
+    def update(g, params, step):
+        return jax.tree.map(
+            lambda x, whole: apply(alone, x) if x.ndim > 1 else whole, g, apply(ascent, g)
+        )
+
+    return sam_optax.sharpness_aware(run.base, recorded(update))
+
+
+def library_xsam(run: Run):
+    h = run.h
+    ascent = perturbations.repeated(perturbations.steepest_ascent(h.rho / h.num_steps), h.num_steps)
+    rule = surrogates.spherical(scheduled(h.alpha))
+    if h.num_steps > 1:
+        return sam_optax.sharpness_aware(run.base, ascent, rule)
+    return sam_optax.xsam(run.base, h.rho, h.alpha)
+
+
+def reference_gam(run: Run):
+    h = run.h
+    betas = (h.beta_1, h.beta_2, h.beta_3)
+    return references.gam(
+        *run.inputs, rho=h.rho, norm_rho=h.norm_rho, betas=betas, gamma=h.gamma, eps=run.guard
+    )
+
+
+def vectors(run: Run) -> list:
+    return [
+        None if run.stored["vector"][i] is None else np.array(run.stored["vector"][i])
+        for i in run.stored["which"]
+    ]
+
+
+def library_eigen_sam(run: Run):
+    """Until there is a vector, their perturbation is the gradient, not normalized."""
+    known = [v is not None for v in vectors(run)]
+    filled = [np.zeros(run.problem.start.size) if v is None else v for v in vectors(run)]
+    direction = at_step(run, filled)
+    tilted = sam_optax.eigen_sam(run.base, run.h.rho, run.h.alpha).parts.method.perturbation
+
+    def update(g, params, step):
+        tilt = apply(tilted, g, direction=direction(step))
+        return jax.tree.map(
+            lambda x, y: jnp.where(jnp.asarray(known)[step], x, run.h.rho * y), tilt, g
+        )
+
+    return sam_optax.sharpness_aware(run.base, recorded(update))
+
+
+def library_sparse_sam(run: Run):
+    mask = at_step(run, run.stored["mask"])
+    part = sam_optax.sparse_sam(run.base, run.h.rho).parts.method.perturbation
+    update = recorded(lambda g, params, step: apply(part, g, ascent_mask=mask(step)))
+    return sam_optax.sharpness_aware(run.base, update)
+
+
+def library_m_rwp(run: Run):
+    displacement = at_step(run, run.stored["noise"])
+    rule = sam_optax.m_rwp(run.base, jax.random.key(0), alpha=run.h.alpha).parts.method.surrogate
+    part = recorded(lambda g, params, step: displacement(step))
+    return sam_optax.sharpness_aware(run.base, part, rule)
+
+
+def groups_of(run: Run) -> list[list[references.Gradient]]:
+    """For every step, the gradients on the groups of its batch."""
+    parts = run.problem.shards(run.h.groups)
+    return [
+        [run.problem.gradient(jax.tree.map(lambda x: x[t, i], parts)) for i in range(run.h.groups)]  # noqa: B023
+        for t in range(run.problem.steps)
+    ]
+
+
+def reference_bayesian_sam(run: Run):
+    h = run.h
+    return references.bayesian_sam(
+        run.problem.start,
+        groups_of(run),
+        lr=h.learning_rate,
+        rho=h.rho,
+        beta_1=h.beta_1,
+        beta_2=h.beta_2,
+        delta=h.prior_precision / h.num_data,
+        damping=h.damping,
+        init=h.init_precision,
+        num_data=h.num_data,
+        noise=untyped(np.array(run.stored["noise"])),
+    )
+
+
+def library_bayesian_sam(run: Run):
+    """The recorded noise, and every group of the batch as a shard."""
+    settings = vars(run.h) | {"key": jax.random.key(0), "axis_name": "groups"}
+    del settings["groups"]
+    tx = untyped(sam_optax.bayesian_sam)(**settings)
+    noise_at = at_step(run, run.stored["noise"])
+
+    def draw(key, step, params, axes):
+        return jax.tree.map(lambda x: x[jax.lax.axis_index("groups")], noise_at(step))
+
+    def update(updates, state, params=None, **extra):
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[state.step], run.problem.shards(run.h.groups))
+
+        def on_a_group(part):
+            grad_fn = jax.grad(lambda p: run.problem.loss(p, part))
+            return tx.update(updates, state, params, grad_fn=grad_fn)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bayesian, "_draw", draw)
+            return jax.vmap(on_a_group, axis_name="groups", out_axes=None)(batch)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 @dataclass(frozen=True)
 class Row:
     """How to reproduce a file, and how far guards that the reference leaves out may carry."""
@@ -305,6 +454,18 @@ ROWS = {
         lambda run: references.descent(*run.inputs),
         lambda run: sam_optax.sam(run.base, rho=0.0),
     ),
+    "bayesian_sam__team-approx-bayes": Row(reference_bayesian_sam, library_bayesian_sam),
+    "cr_sam__TrustAIoT": Row(
+        lambda run: references.cr_sam(*run.inputs, ball(run), gamma=run.h.gamma, beta=run.h.beta),
+        lambda run: sam_optax.cr_sam(run.base, run.h.rho, run.h.gamma, run.h.beta),
+    ),
+    # Before its first vector it perturbs by the gradient itself.
+    "eigen_sam__RitianLuo": Row(
+        lambda run: references.eigen_sam(
+            *run.inputs, rho=run.h.rho, alpha=run.h.alpha, vectors=vectors(run), eps=run.guard
+        ),
+        library_eigen_sam,
+    ),
     # It draws masks per tensor, and puts them in front of the norm.
     "esam__dydjw9": Row(reference_esam, library_esam),
     "fisher_sam__johnjaejunlee95": Row(
@@ -338,6 +499,9 @@ ROWS = {
         lambda run: references.functional_sam(*run.network_inputs, ball(run)),
         library_functional_sam,
     ),
+    "gam__xxgege": Row(
+        reference_gam, lambda run: sam_optax.gam(run.base, **vars(run.h)), left_out=1e-12
+    ),
     "gnp__zhaoyang-0204": Row(
         lambda run: references.gnp(*run.inputs, ball(run), alpha=run.h.alpha),
         lambda run: sam_optax.gnp(run.base, rho=run.h.rho, alpha=run.h.alpha),
@@ -349,6 +513,12 @@ ROWS = {
     "imb_sam__cool-xuan": Row(
         lambda run: reference_weighted(run, *tail_classes(run)),
         lambda run: library_weighted(run, *tail_classes(run)),
+    ),
+    "le_sam__paper-transcription": Row(
+        lambda run: references.sam(
+            *run.inputs, references.equated_ball(run.h.sigma, run.h.rho_max)
+        ),
+        lambda run: sam_optax.le_sam(run.base, run.h.sigma, run.h.rho_max),
     ),
     # Its norms are sqrt(x + 1e-12), which matters where the orthogonal component is small.
     "look_sam__johnjaejunlee95": Row(
@@ -362,6 +532,17 @@ ROWS = {
     "look_sam__rollovd": Row(
         reference_look_sam,
         lambda run: sam_optax.look_sam(run.base, rho=run.h.rho, alpha=run.h.alpha, k=run.h.k),
+    ),
+    # Its adaptive form: the noise at each step is given.
+    "m_rwp__nblt": Row(
+        lambda run: references.m_rwp(
+            *run.inputs[:2],
+            run.problem.gradients(run.problem.perturbed_batches),
+            run.inputs[2],
+            noise=lambda w, t: noise(run)[t],
+            alpha=run.h.alpha,
+        ),
+        library_m_rwp,
     ),
     "mesa__AngusDujw": Row(
         lambda run: references.mesa(*run.network_inputs, **vars(run.h)), library_mesa
@@ -379,6 +560,12 @@ ROWS = {
         ),
         library_random_weight_perturbation,
     ),
+    "sagm__Wang-pengfei": Row(
+        lambda run: references.gnp(
+            *run.inputs, references.blended_ball(run.h.rho, -run.h.alpha, run.guard), alpha=0.5
+        ),
+        lambda run: sam_optax.sagm(run.base, run.h.rho, run.h.alpha),
+    ),
     "sam__SamsungLabs": SAM,
     "sam__davda54": SAM,
     "sam__google-research": SAM,
@@ -386,6 +573,13 @@ ROWS = {
     "single_step_sam__jjsrf": Row(
         lambda run: references.one_gradient(*run.inputs, ball(run)),
         lambda run: sam_optax.single_step_sam(run.base, run.h.rho),
+    ),
+    # The masks that it used are given.
+    "sparse_sam__Mi-Peng": Row(
+        lambda run: references.sparse_sam(
+            *run.inputs, ball(run), masks=np.array(run.stored["mask"], dtype=float)
+        ),
+        library_sparse_sam,
     ),
     "stable_sam__cltan023": Row(
         lambda run: references.stable_sam(*run.inputs, ball(run), eps=run.guard),
@@ -401,6 +595,12 @@ ROWS = {
             surrogates.renormalized(surrogates.perturbed_gradient()),
         ),
     ),
+    "unified_sam__dimitris-oik": Row(
+        lambda run: references.unified_sam(
+            *run.inputs, rho=run.h.rho, lam=scheduled(run.h.lam), eps=run.guard
+        ),
+        lambda run: sam_optax.unified_sam(run.base, run.h.rho, scheduled(run.h.lam)),
+    ),
     "usam__cltan023": Row(
         lambda run: references.sam(*run.inputs, references.unnormalized(run.h.rho)),
         lambda run: sam_optax.sharpness_aware(run.base, perturbations.gradient_ascent(run.h.rho)),
@@ -410,6 +610,24 @@ ROWS = {
         lambda run: sam_optax.vasso(run.base, rho=run.h.rho, theta=run.h.theta),
     ),
     "wsam__atorch": Row(reference_wsam, library_wsam),
+    "xsam__Cccjl219": Row(
+        lambda run: references.xsam(
+            *run.inputs,
+            rho=run.h.rho,
+            alpha=scheduled(run.h.alpha),
+            steps=run.h.num_steps,
+            eps=run.guard,
+        ),
+        library_xsam,
+        left_out=1e-12,
+    ),
+    # It gives every matrix the whole radius.
+    "zsharp__YUNBLAK": Row(
+        lambda run: references.sam(
+            *run.inputs, references.z_balls(run.h.rho, run.h.share, shapes(run), run.guard)
+        ),
+        library_zsharp,
+    ),
 }
 
 

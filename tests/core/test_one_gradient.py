@@ -31,11 +31,17 @@ from sam_optax import (
     single_step_sam,
 )
 from sam_optax.perturbations import (
+    apply_ascent_mask,
+    blended_ascent,
     gaussian_noise,
+    keep_largest,
+    loss_equated_ascent,
     project_onto,
     random_mask,
+    sign_ascent,
     steepest_ascent,
     stochastic_rounding,
+    tilt_towards,
 )
 from sam_optax.training import (
     StepMetrics,
@@ -46,8 +52,8 @@ from sam_optax.training import (
     two_gradient_step,
 )
 from tests import repository
-from tests.oracles import problems, references
-from tests.oracles.problems import one_batch, quartic, squared_error
+from tests.oracles import parts, problems, references
+from tests.oracles.problems import directed, one_batch, quartic, squared_error
 from tests.oracles.rows import KEY, ROWS, Facts, facts, untyped
 from tests.oracles.trees import assert_close, assert_same, flat, odd_trees, spec
 
@@ -172,6 +178,17 @@ PARTS = {row.name: of_row(row) for row in ROWS if row.name in NAMES} | {
         momentum_by_hand,
     ),
     "noise": Part(lambda: gaussian_noise(KEY, 0.2), noise_by_hand),
+    "tilted, blended, masked": Part(
+        lambda: optax.chain(tilt_towards(0.4), blended_ascent(RHO, -0.05), apply_ascent_mask()),
+        lambda known, shapes: parts.masked(
+            parts.tilted(0.4, known.direction, parts.blended(RHO, -0.05)), known.direction > 0
+        ),
+        direction=True,
+    ),
+    "signs, largest, equated": Part(
+        lambda: optax.chain(sign_ascent(0.5), keep_largest(0.5), loss_equated_ascent(0.2, RHO)),
+        lambda known, shapes: lambda g, w, t, m: parts.equated(0.2, RHO)(0.5 * np.sign(g), w, t, m),
+    ),
 }
 
 
@@ -181,15 +198,23 @@ def test_the_product_is_complete():
     public = {n for n, f in vars(sam_optax.perturbations).items() if _is_part(f)}
     assert public == {
         "stochastic_rounding",  # for short dtypes, below
+        "repeated",  # refused: they look at more gradients
+        "from_where",
         "adaptive_ascent",
+        "apply_ascent_mask",
+        "blended_ascent",
         "fisher_ascent",
         "gaussian_noise",
         "gradient_ascent",
+        "keep_largest",
+        "loss_equated_ascent",
         "project_onto",
         "random_mask",
         "reject_from",
+        "sign_ascent",
         "steepest_ascent",
         "subtract_ema",
+        "tilt_towards",
         "variance_suppressed",
     }
 
@@ -229,7 +254,7 @@ def test_product(name, float64):
     mask = MASK if i % 2 else jax.tree.map(lambda _: True, given.params)
     base = list(BASES)[i % len(BASES)]
     build, build_by_hand = BASES[base]
-    extra = {"direction": given.direction} if part.direction else {}
+    extra = directed(given.direction) if part.direction else {}
 
     @jax.jit
     def run():

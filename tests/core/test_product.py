@@ -14,29 +14,48 @@ import pytest
 from sam_optax import perturbations, policies, sharpness_aware, surrogates
 from sam_optax.perturbations import (
     adaptive_ascent,
+    apply_ascent_mask,
+    blended_ascent,
     fisher_ascent,
+    from_where,
     gaussian_noise,
     gradient_ascent,
+    keep_largest,
+    loss_equated_ascent,
     project_onto,
     random_mask,
     reject_from,
+    repeated,
+    sign_ascent,
     steepest_ascent,
     stochastic_rounding,
     subtract_ema,
+    tilt_towards,
     variance_suppressed,
 )
-from sam_optax.policies import above_gradient_norm, always, bernoulli, every, from_step, never
+from sam_optax.policies import (
+    above_gradient_norm,
+    always,
+    bernoulli,
+    between,
+    every,
+    from_step,
+    never,
+)
 from sam_optax.surrogates import (
+    curvature_regularized,
+    first_order_flatness,
     gap_descent,
     interpolated,
     perturbed_gradient,
     renormalized,
     reuse_orthogonal,
+    spherical,
     weight_decoupled,
     weighted,
 )
-from tests.oracles import parts, references
-from tests.oracles.problems import follow, quartic
+from tests.oracles import parts
+from tests.oracles.problems import Probe, directed, follow, quartic
 from tests.oracles.rows import KEY, LEARNING_RATE, Facts, by_hand, trajectory
 from tests.oracles.trees import flat
 
@@ -44,15 +63,8 @@ RHO, STEPS = 0.3, 5
 chain = optax.chain
 
 
-def noise_in_numpy(known: Facts) -> Callable:
-    """Gaussian noise from the library's draws, by row."""
-    leaves = jax.tree.leaves(quartic(STEPS).params)
-    draws = [
-        flat(gaussian_noise(KEY, 1.0, False).update(leaves, optax.EmptyState(), step=t)[0])
-        for t in range(STEPS)
-    ]
-    noise = references.row_noise([np.shape(x) for x in leaves], 0.2, draws)
-    return lambda g, w, t, m: (noise(w, t), m)
+def absolute_values(params: Any) -> Any:
+    return jax.tree.map(jnp.abs, params)
 
 
 # Each part of the library, and from the facts about the problem its NumPy counterpart.
@@ -96,7 +108,33 @@ PERTURBATIONS: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
         lambda: chain(steepest_ascent(RHO), random_mask(KEY, 0.6)),
         lambda f: parts.thinned(parts.ball(RHO), lambda t: f.kept(0.6, t)),
     ),
-    "noise": (lambda: gaussian_noise(KEY, 0.2), noise_in_numpy),
+    "noise": (lambda: gaussian_noise(KEY, 0.2), lambda f: f.noise(0.2)),
+    "blended": (lambda: blended_ascent(RHO, -0.05), lambda f: parts.blended(RHO, -0.05)),
+    "box": (
+        lambda: sign_ascent(0.1, lambda p: jax.tree.map(jnp.abs, p)),
+        lambda f: parts.signs(0.1, np.abs),
+    ),
+    "equated": (lambda: loss_equated_ascent(0.3, RHO), lambda f: parts.equated(0.3, RHO)),
+    "largest": (
+        lambda: chain(keep_largest(0.4), steepest_ascent(RHO)),
+        lambda f: parts.largest(0.4, False, f.shapes, parts.ball(RHO)),
+    ),
+    "masked": (
+        lambda: chain(steepest_ascent(RHO), apply_ascent_mask()),
+        lambda f: parts.masked(parts.ball(RHO), f.direction > 0),
+    ),
+    "tilted": (
+        lambda: chain(tilt_towards(0.4), steepest_ascent(RHO)),
+        lambda f: parts.tilted(0.4, f.direction, parts.ball(RHO)),
+    ),
+    "repeated friendly": (
+        lambda: repeated(chain(subtract_ema(0.8, 0.6), steepest_ascent(RHO)), 2),
+        lambda f: parts.repeated(parts.friendly(0.8, 0.6, "updated", parts.ball(RHO)), 2),
+    ),
+    "from noise": (
+        lambda: from_where(gaussian_noise(KEY, 0.2), steepest_ascent(RHO)),
+        lambda f: parts.from_where(f.noise(0.2), parts.ball(RHO)),
+    ),
 }
 
 RULES: dict[str, tuple[Callable, Callable]] = {
@@ -106,6 +144,19 @@ RULES: dict[str, tuple[Callable, Callable]] = {
     "decoupled": (lambda: weight_decoupled(0.8), parts.decoupled(0.8)),
     "gap": (lambda: gap_descent(0.4), parts.gap(0.4)),
     "reuse": (lambda: reuse_orthogonal(0.7), parts.reused(0.7)),
+}
+MORE_RULES: dict[str, tuple[Callable, Callable]] = {
+    "gap, clean": (lambda: gap_descent(0.4, minimize="clean"), parts.far_gap(0.4)),
+    "spherical": (lambda: spherical(1.5), parts.arc(1.5)),
+    "curvature": (lambda: curvature_regularized(0.3, 0.2), parts.curved(0.3, 0.2)),
+    "first order": (
+        lambda: first_order_flatness(0.2, 0.5, 1.0, 0.5, 0.25),
+        parts.first_order(0.2, (0.5, 1.0, 0.5), 0.25, sizes=(2, 3)),
+    ),
+    "scaled norms": (
+        lambda: renormalized(perturbed_gradient(), scale=absolute_values),
+        parts.scaled(parts.perturbed, np.abs),
+    ),
 }
 RENORMALIZED: dict[str, tuple[Callable, Callable]] = {
     f"renormalized {name}": (
@@ -120,6 +171,7 @@ RENORMALIZED: dict[str, tuple[Callable, Callable]] = {
     )
 }
 RULES["renormalized perturbed"] = RENORMALIZED["renormalized perturbed"]
+RULES |= MORE_RULES
 
 POLICIES: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
     "always": (always, lambda f: parts.always),
@@ -137,14 +189,24 @@ POLICIES: dict[str, tuple[Callable, Callable[[Facts], Callable]]] = {
         lambda: from_step(2, above_gradient_norm(STEPS, 1.0, -1.0, 0.7)),
         lambda f: parts.later(2, parts.sharp(STEPS, 1.0, -1.0, 0.7)),
     ),
+    "between": (
+        lambda: between(1, 4, above_gradient_norm(STEPS, 1.0, -1.0, 0.7)),
+        lambda f: parts.later(1, parts.sharp(STEPS, 1.0, -1.0, 0.7), stop=4),
+    ),
 }
 
 
 PROBLEM = quartic(STEPS)
 NAMES = list(POLICIES)
-# Three parts never meet in the code: the policy goes round, so that every pair is there once.
+# Three parts never meet in the code: the policy goes round, so that every pair is there once; of
+# the pairs with a part of the second half of a table, a third.
+FIRST_RULES, FIRST_PERTURBATIONS = 7, 13
 PAIRS = {
-    perturbation: [(rule, NAMES[(i + j) % len(NAMES)]) for j, rule in enumerate(RULES)]
+    perturbation: [
+        (rule, NAMES[(i + j) % len(NAMES)])
+        for j, rule in enumerate(RULES)
+        if (i < FIRST_PERTURBATIONS and j < FIRST_RULES) or (i + j) % 3 == 0
+    ]
     for i, perturbation in enumerate(PERTURBATIONS)
 }
 # A rule around each of the others, on fresh steps, on stale ones, and with nothing before them.
@@ -196,13 +258,17 @@ def test_without_a_perturbation_a_rule_is_the_clean_gradient(name):
     """Where gp is g: bit for bit, on a fresh step and on the stale one after it."""
     rule = (RULES | RENORMALIZED)[name][0]()
     g = jax.tree.map(jnp.float32, PROBLEM.direction)
-    direction, state = rule.fresh(g, g, jnp.int32(0), rule.init(g))
+    zero = jax.tree.map(jnp.zeros_like, g)
+    probe: Any = {"eps": zero, "params": g, "evaluate": Probe(lambda point: (0.0, g))}
+    probe = probe if rule.probes else {}
+    direction, state = rule.fresh(g, g, jnp.int32(0), rule.init(g), **probe)
     for found in (direction, rule.stale(g, jnp.int32(1), state)[0]):
         chex.assert_trees_all_equal(found.descent, g)
         assert found.decoupled is None or not flat(found.decoupled).any()
 
 
-SCALE_FREE = {name: name not in ("gradient", "fisher", "averaged fisher") for name in PERTURBATIONS}
+NOT_SCALE_FREE = ("gradient", "fisher", "averaged fisher", "blended", "equated")
+SCALE_FREE = {name: name not in NOT_SCALE_FREE for name in PERTURBATIONS}
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
@@ -213,8 +279,11 @@ def test_scaling_the_loss_by_a_power_of_two(name):
 
     @jax.jit
     def eps(factor):
-        g = jax.tree.map(lambda x: factor * (1 + x**2), direction)
-        keywords = {"step": jnp.int32(0), "direction": direction}
+        def grad_fn(point):
+            return jax.tree.map(lambda x: factor * (1 + x**2), point)
+
+        g = grad_fn(direction)
+        keywords = {"step": jnp.int32(0), "grad_fn": grad_fn} | directed(direction)
         return part.update(g, part.init(params), params, **keywords)[0]
 
     plain = flat(eps(1.0))

@@ -31,7 +31,17 @@ OUTSIDE = {
     "lambda_1": np.inf,
     "lambda_2": -np.inf,
     "learning_rate": -0.1,
-    ("gnp", "alpha"): 2.0,
+    "lam": 1.5,
+    "rho_max": -0.1,
+    "norm_rho": -0.1,
+    "share": 0.0,
+    "std": -0.1,
+    "beta": -0.1,
+    "beta_1": np.inf,
+    "beta_2": -0.1,
+    "beta_3": np.nan,
+    ("cr_sam", "gamma"): -0.1,
+    ("gam", "gamma"): -0.1,
 }
 NEEDED = {"total_steps": 8, "key": jax.random.key(0)}
 CASES = [(name, argument) for name in METHODS for argument in real_hyperparameters(METHODS[name])]
@@ -56,7 +66,7 @@ def build(name: str, argument: str, value: Any) -> Any:
 
 def step(tx: Any, w: Any = W) -> Any:
     grad_fn = jax.grad(lambda w: jnp.sum(w**4))
-    return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+    return tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn, direction=w, ascent_mask=w)
 
 
 @every_case
@@ -116,7 +126,7 @@ def test_what_is_no_number(name, argument):
 @pytest.mark.parametrize("name", METHODS)
 def test_integers(name):
     names = inspect.signature(METHODS[name]).parameters
-    for argument in names.keys() & {"k", "total_steps"}:
+    for argument in names.keys() & {"k", "num_steps", "total_steps"}:
         for bad in (0, -1, np.int64(0), jnp.array(0)):
             with pytest.raises(ValueError, match=rf"`{argument}` must be an integer in \[1, inf\)"):
                 build(name, argument, bad)

@@ -16,11 +16,14 @@ from sam_optax import sharpness_aware
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
+    gradient_ascent,
     random_mask,
     reject_from,
+    repeated,
     steepest_ascent,
+    subtract_ema,
 )
-from sam_optax.policies import always, every, from_step, never
+from sam_optax.policies import always, between, every, from_step, never
 from sam_optax.surrogates import (
     interpolated,
     perturbed_gradient,
@@ -63,6 +66,17 @@ def ball():
 
 def ones(params):
     return jax.tree.map(jnp.ones_like, params)
+
+
+def directed(tx: Any):
+    """Handed a direction, and a mask that keeps everything."""
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(
+            updates, state, params, direction=params, ascent_mask=ones(params), **extra
+        )
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 # Each pair is the same trajectory; functions, so that keys and arrays are made in float64.
@@ -115,6 +129,53 @@ REDUCTIONS = {
     "vasso, theta 1": (lambda: sam_optax.vasso(adamw(), RHO, theta=1.0), sam),
     "gnp, alpha 1": (lambda: sam_optax.gnp(adamw(), RHO, alpha=1.0), sam),
     "gnp, alpha 0": (lambda: sam_optax.gnp(adamw(), RHO, alpha=0.0), adamw),
+    "unified_sam, lam 1": (lambda: sam_optax.unified_sam(adamw(), RHO, lam=1.0), sam),
+    "unified_sam, lam 0": (
+        lambda: sam_optax.unified_sam(adamw(), RHO, lam=0.0),
+        lambda: parts(gradient_ascent(RHO)),
+    ),
+    "sagm, alpha 0": (
+        lambda: sam_optax.sagm(adamw(), RHO, alpha=0.0),
+        lambda: sam_optax.gnp(adamw(), RHO, alpha=0.5),
+    ),
+    "le_sam, sigma high": (lambda: sam_optax.le_sam(adamw(), 1e3, RHO), sam),
+    "le_sam, sigma 0": (lambda: sam_optax.le_sam(adamw(), 0.0, RHO), adamw),
+    "zsharp, share 1": (lambda: sam_optax.zsharp(adamw(), RHO, share=1.0), sam),
+    "xsam, alpha 1": (lambda: sam_optax.xsam(adamw(), RHO, alpha=1.0), sam),
+    "xsam, rho 0": (lambda: sam_optax.xsam(adamw(), 0.0), adamw),
+    "multi_step_sam, one step": (lambda: sam_optax.multi_step_sam(adamw(), RHO, 1), sam),
+    "repeated friendly, one step": (
+        lambda: parts(repeated(optax.chain(subtract_ema(1.0, 0.9), ball()), 1)),
+        lambda: sam_optax.friendly_sam(adamw(), RHO),
+    ),
+    "cr_sam, both 0": (lambda: sam_optax.cr_sam(adamw(), RHO, gamma=0.0, beta=0.0), sam),
+    "gam, beta_3 and gamma 0": (
+        lambda: sam_optax.gam(adamw(), RHO, beta_3=0.0, gamma=0.0),
+        sam,
+    ),
+    "eigen_sam, alpha 0": (
+        lambda: directed(sam_optax.eigen_sam(adamw(), RHO, alpha=0.0)),
+        sam,
+    ),
+    "sparse_sam, all kept": (lambda: directed(sam_optax.sparse_sam(adamw(), RHO)), sam),
+    "r_sam, std 0": (lambda: sam_optax.r_sam(adamw(), KEY, RHO, std=0.0), sam),
+    "m_rwp, std 0": (lambda: sam_optax.m_rwp(adamw(), KEY, std=0.0), adamw),
+    "gsam, clean, alpha 0": (
+        lambda: sam_optax.gsam(adamw(), RHO, alpha=0.0, minimize="clean"),
+        adamw,
+    ),
+    "norms scaled by 1": (
+        lambda: parts(ball(), renormalized(perturbed_gradient(), scale=ones)),
+        lambda: sam_optax.stable_sam(adamw(), RHO),
+    ),
+    "between all steps": (
+        lambda: parts(ball(), perturbed_gradient(), between(0, 9, always())),
+        sam,
+    ),
+    "between no steps": (
+        lambda: parts(ball(), perturbed_gradient(), between(2, 2, always())),
+        adamw,
+    ),
     "a scale of 1": (lambda: parts(steepest_ascent(RHO, ones)), sam),
     "nothing masked out": (lambda: parts(optax.chain(ball(), random_mask(KEY, 1.0))), sam),
     "every step": (lambda: parts(ball(), perturbed_gradient(), every(1)), sam),

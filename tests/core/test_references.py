@@ -22,8 +22,17 @@ from tests.oracles.problems import (
     rosenbrock,
     stacked,
 )
-from tests.oracles.references import adaptive_ball, ball, fisher_ball, unnormalized
+from tests.oracles.references import (
+    adaptive_ball,
+    ball,
+    blended_ball,
+    equated_ball,
+    fisher_ball,
+    unnormalized,
+    z_ball,
+)
 from tests.oracles.rows import METHODS
+from tests.oracles.trees import flat
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 24
@@ -168,6 +177,21 @@ def drawn(problem: Problem, part: optax.GradientTransformationExtraArgs) -> np.n
     jax.tree.map(lambda i, x: flat.__setitem__((slice(None), i), x), where, trees)
     assert 0 < np.count_nonzero(flat) < flat.size
     return flat > 0
+
+
+def absolute_values(params: Any) -> Any:
+    return jax.tree.map(jnp.abs, params)
+
+
+def shapes_of(problem: Problem) -> list[tuple]:
+    return [np.shape(x) for x in jax.tree.leaves(problem.params)]
+
+
+def noise_of(problem: Problem, std: float) -> Callable[[np.ndarray, int], np.ndarray]:
+    """RWP's noise from the library's draws."""
+    part = perturbations.gaussian_noise(jax.random.key(4), 1.0, rows=False)
+    draws = [flat(part.update(problem.params, optax.EmptyState(), step=t)[0]) for t in range(STEPS)]
+    return references.row_noise(shapes_of(problem), std, draws)
 
 
 def reference_ae_sam(paper: Paper, ascent: references.Ascent, lambdas, alpha=None):
@@ -406,6 +430,118 @@ CASES = {
             p.problem.gradients(p.problem.perturbed_batches),
             p.base,
             ball(0.05),
+        ),
+        problems=("two batches",),
+    ),
+    "gsam, on the clean loss": Case(
+        lambda o: sam_optax.gsam(o.base, alpha=0.4, minimize="clean"),
+        lambda p: references.gsam_clean(*p.run, ball(0.05), alpha=0.4),
+        problems=("rosenbrock",),
+    ),
+    "friendly_sam, sigma a cosine": Case(
+        lambda o: sam_optax.friendly_sam(o.base, sigma="cosine"),
+        lambda p: references.friendly_sam(*p.run, ball(0.1), sigma=None, decay=0.9),
+        problems=("mlp",),
+    ),
+    "stable_asam, its authors' norms": Case(
+        lambda o: sharpness_aware(
+            o.base,
+            perturbations.adaptive_ascent(0.3, 0.0, adaptive_mask=True),
+            surrogates.renormalized(surrogates.perturbed_gradient(), scale=absolute_values),
+        ),
+        lambda p: references.stable_asam_code(
+            *p.run, adaptive_ball(0.3, 0.0, np.ones_like(p.problem.start))
+        ),
+        problems=("rosenbrock",),
+    ),
+    "gnp, beyond the perturbed gradient": Case(
+        lambda o: sam_optax.gnp(o.base, alpha=1.5),
+        lambda p: references.gnp(*p.run, ball(0.05), alpha=1.5),
+        problems=("rosenbrock",),
+    ),
+    "sam in a box": Case(
+        lambda o: sharpness_aware(o.base, perturbations.sign_ascent(0.01)),
+        lambda p: references.sam(*p.run, lambda g, w: 0.01 * np.sign(g)),
+        problems=("mlp",),
+    ),
+    "sam, between two steps": Case(
+        lambda o: sharpness_aware(
+            o.base,
+            perturbations.steepest_ascent(0.05),
+            policy=policies.between(3, 9, policies.always()),
+        ),
+        lambda p: references.ss_sam(
+            *p.run, ball(0.05), ascended=[3 <= t < 9 for t in range(STEPS)]
+        ),
+        skips=True,
+        problems=("rosenbrock",),
+    ),
+    "unified_sam": Case(
+        lambda o: sam_optax.unified_sam(o.base, lam=fading(0.9)),
+        lambda p: references.unified_sam(*p.run, rho=0.05, lam=fading(0.9)),
+        problems=("mlp",),
+    ),
+    "sagm": Case(
+        lambda o: sam_optax.sagm(o.base),
+        lambda p: references.gnp(*p.run, blended_ball(0.05, -0.001), alpha=0.5),
+        problems=("mlp",),
+    ),
+    "le_sam": Case(
+        lambda o: sam_optax.le_sam(o.base),
+        lambda p: references.sam(*p.run, equated_ball(0.05, 0.2)),
+        problems=("mlp",),
+    ),
+    "zsharp": Case(
+        lambda o: sam_optax.zsharp(o.base, share=0.3),
+        lambda p: references.sam(*p.run, z_ball(0.05, 0.3, shapes_of(p.problem))),
+        problems=("mlp",),
+    ),
+    "xsam": Case(
+        lambda o: sam_optax.xsam(o.base),
+        lambda p: references.xsam(*p.run, rho=0.15, alpha=1.5),
+        problems=("mlp",),
+    ),
+    "multi_step_sam": Case(
+        lambda o: sam_optax.multi_step_sam(o.base, num_steps=3),
+        lambda p: references.multi_step_sam(*p.run, ball(0.05), steps=3),
+        problems=("rosenbrock",),
+    ),
+    "cr_sam": Case(
+        lambda o: sam_optax.cr_sam(o.base),
+        lambda p: references.cr_sam(*p.run, ball(0.1), gamma=0.1, beta=0.01),
+        problems=("mlp",),
+    ),
+    "gam": Case(
+        lambda o: sam_optax.gam(o.base),
+        lambda p: references.gam(*p.run, rho=0.02, norm_rho=0.2, betas=(1, 1, 1), gamma=0.03),
+        problems=("mlp",),
+    ),
+    "eigen_sam": Case(
+        lambda o: sam_optax.eigen_sam(o.base),
+        lambda p: references.eigen_sam_along(*p.run, p.full_gradient, rho=0.1, alpha=0.2),
+        direction=True,
+        problems=("mlp",),
+    ),
+    "sparse_sam": Case(
+        lambda o: sam_optax.sparse_sam(o.base),
+        lambda p: references.sparse_sam_where(*p.run, p.full_gradient, ball(0.05)),
+        direction=True,
+        problems=("mlp",),
+    ),
+    "r_sam": Case(
+        lambda o: sam_optax.r_sam(o.base, jax.random.key(4), std=0.1),
+        lambda p: references.r_sam(*p.run, ball(0.05), noise=noise_of(p.problem, 0.1)),
+        problems=("mlp",),
+    ),
+    "m_rwp": Case(
+        lambda o: sam_optax.m_rwp(o.base, jax.random.key(4), std=0.1),
+        lambda p: references.m_rwp(
+            p.problem.start,
+            p.gradients,
+            p.problem.gradients(p.problem.perturbed_batches),
+            p.base,
+            noise=noise_of(p.problem, 0.1),
+            alpha=0.5,
         ),
         problems=("two batches",),
     ),

@@ -12,6 +12,7 @@ import pytest
 import sam_optax
 from sam_optax import perturbations, policies, surrogates
 from tests import repository
+from tests.oracles.problems import directed
 
 # Name, parts, `target` at `argument=value`.
 ROWS = [
@@ -47,7 +48,8 @@ def trajectory(tx):
             return jax.grad(loss)(at, x)
 
         point = sam_optax.displaced_params(params, state)
-        updates, state = tx.update(grad_fn(point), state, params, grad_fn=grad_fn)
+        keywords = {"grad_fn": grad_fn} | directed(params)
+        updates, state = tx.update(grad_fn(point), state, params, **keywords)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 

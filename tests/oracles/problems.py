@@ -288,9 +288,26 @@ def quartic(steps: int) -> Problem:
 # Following a method.
 
 
+def directed(direction: Any) -> dict[str, Any]:
+    """What parts that take a tree at every step are handed: the tree, and a mask made of it."""
+    return {"direction": direction, "ascent_mask": jax.tree.map(lambda x: x > 0, direction)}
+
+
 def stacked(problem: Problem, trajectory: Iterable[np.ndarray]) -> Any:
     """The parameters after every step of a reference, as a tree of stacked leaves."""
     return problem.unflatten(np.stack(list(trajectory)))
+
+
+class Probe(NamedTuple):
+    """What a rule is handed to look at more points, on one device."""
+
+    look: Callable[[Any], Any]
+
+    def __call__(self, point: Any) -> Any:
+        return self.look(point)
+
+    def average(self, tree: Any) -> Any:
+        return tree
 
 
 def stepper(problem: Problem, tx: Any, direction: Callable[[Any], Any] | None = None) -> Callable:
@@ -298,14 +315,15 @@ def stepper(problem: Problem, tx: Any, direction: Callable[[Any], Any] | None = 
 
     The gradient is taken where a one-gradient method wants it, for all others at the parameters.
 
-    With ``direction``, a function of the parameters, every update is handed ``direction=``.
+    With ``direction``, a function of the parameters, every update is handed what `directed` makes
+    of it.
     """
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, batch, perturbed_batch=None):
         seen = batch if perturbed_batch is None else perturbed_batch
         grads = jax.grad(problem.loss)(displaced_params(params, state), batch)
-        extra = {} if direction is None else {"direction": direction(params)}
+        extra = {} if direction is None else directed(direction(params))
         updates, state = tx.update(
             grads,
             state,

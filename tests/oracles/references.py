@@ -138,6 +138,15 @@ def gsam(
         yield w
 
 
+def gsam_clean(w: Array, grads: Gradients, base: Base, ascent: Ascent, *, alpha: float) -> Steps:
+    """GSAM with the roles of its gradients exchanged, as an option of its authors' code has it."""
+    for grad in grads:
+        g = grad(w)
+        gp = grad(w + ascent(g, w))
+        w = base(w, g + alpha * (gp - (gp @ g) / (g @ g) * g))
+        yield w
+
+
 def proportional_rho(
     lr: float, lr_min: float, lr_max: float, rho_min: float, rho_max: float
 ) -> float:
@@ -187,15 +196,29 @@ def stable_sam(
         yield w
 
 
+def stable_asam_code(w: Array, grads: Gradients, base: Base, ascent: Ascent) -> Steps:
+    """StableASAM as its authors' code runs it: both norms are scaled by the weights there."""
+    for grad in grads:
+        g = grad(w)
+        point = w + ascent(g, w)
+        gp = grad(point)
+        w = base(w, norm(w * g) / norm(point * gp) * gp)
+        yield w
+
+
 def friendly_sam(
-    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, sigma: float, decay: float
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, sigma: float | None, decay: float
 ) -> Steps:
-    """Friendly SAM (Li et al. 2024), Algorithm 1; Friendly ASAM in ASAM's neighbourhood."""
+    """Friendly SAM (Li et al. 2024), Algorithm 1; Friendly ASAM in ASAM's neighbourhood.
+
+    Without a sigma, it is the cosine of Eqs. 9 and 11.
+    """
     m = np.zeros_like(w)  # line 1
     for grad in grads:
         g = grad(w)  # line 4
         m = decay * m + (1 - decay) * g  # line 5
-        d = g - sigma * m  # line 7
+        s = (g @ m) / (norm(g) * norm(m)) if sigma is None else sigma
+        d = g - s * m  # line 7
         gp = grad(w + ascent(d, w))  # lines 7-9
         w = base(w, gp)  # line 11
         yield w
@@ -469,4 +492,238 @@ def mesa(
             dz = dz + weight * temperature * (odds(z) - odds(outputs(v))) / len(z)
         w = base(w, pull_back(w, dz))
         v = decay * v + (1 - decay) * w
+        yield w
+
+
+# The rest of the field. More neighbourhoods:
+
+
+def blended_ball(normalized: float, plain: float, eps: float = 0.0) -> Ascent:
+    """A normalized ascent and a plain one."""
+    return lambda v, w: normalized * unit(v, eps) + plain * v
+
+
+def equated_ball(sigma: float, rho_max: float) -> Ascent:
+    """LE-SAM (Wang et al. 2026), without its stability constant."""
+    return lambda v, w: min(sigma / norm(v), rho_max) * unit(v)
+
+
+def leaves_of(w: Array, shapes: Sequence[tuple]) -> list[Array]:
+    return np.split(w, np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1])
+
+
+def z_filtered(v: Array, shape: tuple, share: float) -> Array:
+    """ZSharp (Yun 2025): of a matrix, the elements with the largest z-scores."""
+    if len(shape) < 2:
+        return v
+    z = np.abs((v - v.mean()) / v.std())
+    return np.where(z > np.quantile(z, 1 - share), v, 0)
+
+
+def z_ball(rho: float, share: float, shapes: Sequence[tuple]) -> Ascent:
+    """As the paper has it: normalized once."""
+
+    def ascent(v: Array, w: Array) -> Array:
+        pairs = zip(leaves_of(v, shapes), shapes, strict=True)
+        return rho * unit(np.concatenate([z_filtered(x, shape, share) for x, shape in pairs]))
+
+    return ascent
+
+
+def z_balls(rho: float, share: float, shapes: Sequence[tuple], eps: float) -> Ascent:
+    """As its authors' code has it: every matrix to length rho, vectors by the whole norm."""
+
+    def ascent(v: Array, w: Array) -> Array:
+        pairs = zip(leaves_of(v, shapes), shapes, strict=True)
+        return rho * np.concatenate(
+            [
+                unit(z_filtered(x, shape, share), eps) if len(shape) > 1 else x / (norm(v) + eps)
+                for x, shape in pairs
+            ]
+        )
+
+    return ascent
+
+
+# And more methods.
+
+
+def unified_sam(
+    w: Array, grads: Gradients, base: Base, *, rho: float, lam: Scheduled, eps: float = 0.0
+) -> Steps:
+    """Unified SAM (Oikonomou and Loizou 2025)."""
+    for t, grad in enumerate(grads):
+        ascent = blended_ball(rho * at(lam, t), rho * (1 - at(lam, t)), eps)
+        w = base(w, grad(w + ascent(grad(w), w)))
+        yield w
+
+
+def multi_step_sam(w: Array, grads: Gradients, base: Base, ascent: Ascent, *, steps: int) -> Steps:
+    """SAM with several ascents, each from where the one before has led."""
+    for grad in grads:
+        top = w
+        for _ in range(steps):
+            top = top + ascent(grad(top), top)
+        w = base(w, grad(top))
+        yield w
+
+
+def xsam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    *,
+    rho: float,
+    alpha: Scheduled,
+    steps: int = 1,
+    eps: float = 0.0,
+) -> Steps:
+    """XSAM (Chen and Zhou 2026), with ascents of rho / steps each."""
+    for t, grad in enumerate(grads):
+        top = w
+        for _ in range(steps):
+            top = top + rho / steps * unit(grad(top), eps)
+        gp = grad(top)
+        v0, v1 = unit(top - w, eps), unit(gp, eps)
+        theta, a = np.arccos(np.clip(v0 @ v1, -1, 1)), at(alpha, t)
+        arc = (np.sin((1 - a) * theta) * v0 + np.sin(a * theta) * v1) / np.sin(theta)
+        w = base(w, norm(gp) * arc)
+        yield w
+
+
+def cr_sam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, gamma: float, beta: float
+) -> Steps:
+    """CR-SAM (Wu et al. 2024), with constants in the place of its denominators."""
+    for grad in grads:
+        g = grad(w)
+        ahead, behind = grad(w + ascent(g, w)), grad(w - ascent(g, w))
+        w = base(w, ahead + gamma * (ahead + behind - 2 * g) + beta * (ahead - behind))
+        yield w
+
+
+def gam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    *,
+    rho: float,
+    norm_rho: float,
+    betas: tuple[float, float, float],
+    gamma: float,
+    eps: float = 0.0,
+) -> Steps:
+    """GAM (Zhang et al. 2023)."""
+    for grad in grads:
+        g0 = grad(w)
+        g1 = grad(w + rho * unit(g0, eps))
+        up = norm_rho * unit(g1 - g0, eps)
+        g2 = grad(w + up)
+        g3 = grad(w + up + rho * unit(g2, eps))
+        h, q = betas[0] * g1 + betas[2] * g3, g0 + betas[1] * g2
+        w = base(w, h - gamma * (q - (q @ h) / (h @ h) * h))
+        yield w
+
+
+def eigen_sam(
+    w: Array,
+    grads: Gradients,
+    base: Base,
+    *,
+    rho: float,
+    alpha: float,
+    vectors: Sequence[Array | None],
+    eps: float = 0.0,
+) -> Steps:
+    """Eigen-SAM (Luo et al. 2024); its authors' code, while there is no vector, perturbs by g."""
+    for v, grad in zip(vectors, grads, strict=True):
+        g = grad(w)
+        u = unit(g, eps)
+        if v is None:
+            up = g
+        else:
+            up = u + alpha * np.sign(u @ v) * (v - (u @ v) * u)
+        w = base(w, grad(w + rho * up))
+        yield w
+
+
+def eigen_sam_along(
+    w: Array, grads: Gradients, base: Base, along: Gradient, *, rho: float, alpha: float
+) -> Steps:
+    """Eigen-SAM with the direction at w for its eigenvector."""
+    for grad in grads:
+        v = unit(along(w))
+        (w,) = eigen_sam(w, [grad], base, rho=rho, alpha=alpha, vectors=[v])
+        yield w
+
+
+def sparse_sam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, masks: Iterable[Array]
+) -> Steps:
+    """SSAM (Mi et al. 2022): of SAM's displacement, what the mask keeps."""
+    for mask, grad in zip(masks, grads, strict=True):
+        w = base(w, grad(w + mask * ascent(grad(w), w)))
+        yield w
+
+
+def sparse_sam_where(
+    w: Array, grads: Gradients, base: Base, positive: Gradient, ascent: Ascent
+) -> Steps:
+    """SSAM with a mask of what is positive at w."""
+    for grad in grads:
+        (w,) = sparse_sam(w, [grad], base, ascent, masks=[positive(w) > 0])
+        yield w
+
+
+def r_sam(
+    w: Array, grads: Gradients, base: Base, ascent: Ascent, *, noise: Callable[[Array, int], Array]
+) -> Steps:
+    """R-SAM (Liu et al. 2022): the ascent starts at w + noise."""
+    for t, grad in enumerate(grads):
+        start = w + noise(w, t)
+        w = base(w, grad(start + ascent(grad(start), start)))
+        yield w
+
+
+def m_rwp(
+    w: Array,
+    grads: Gradients,
+    other_grads: Gradients,
+    base: Base,
+    *,
+    noise: Callable[[Array, int], Array],
+    alpha: float,
+) -> Steps:
+    """m-RWP (Li et al. 2024): a clean gradient, and one at w + noise on another batch."""
+    for t, (grad, other) in enumerate(zip(grads, other_grads, strict=True)):
+        w = base(w, alpha * other(w + noise(w, t)) + (1 - alpha) * grad(w))
+        yield w
+
+
+def bayesian_sam(
+    w: Array,
+    grads: Sequence[Sequence[Gradient]],
+    *,
+    lr: float,
+    rho: float,
+    beta_1: float,
+    beta_2: float,
+    delta: float,
+    damping: float,
+    init: float,
+    num_data: float,
+    noise: Sequence[Sequence[Array]],
+) -> Steps:
+    """bSAM (Möllenhoff and Khan 2023); every step has the gradients of the groups of its batch."""
+    m, s = np.zeros_like(w), np.full_like(w, init)
+    for groups, draws in zip(grads, noise, strict=True):
+        found = [
+            (g, grad(w + rho * g / s))
+            for grad, n in zip(groups, draws, strict=True)
+            for g in [grad(w + n / np.sqrt(num_data * s))]
+        ]
+        m = beta_1 * m + (1 - beta_1) * (np.mean([gp for _, gp in found], axis=0) + delta * w)
+        w = w - lr * m / s
+        spread = np.mean([np.sqrt(s * g**2) for g, _ in found], axis=0)
+        s = beta_2 * s + (1 - beta_2) * (spread + damping + delta)
         yield w

@@ -16,6 +16,7 @@ from sam_optax import sharpness_aware, variants
 from sam_optax.perturbations import (
     adaptive_ascent,
     fisher_ascent,
+    gaussian_noise,
     gradient_ascent,
     project_onto,
     random_mask,
@@ -30,8 +31,8 @@ from sam_optax.surrogates import (
     reuse_orthogonal,
     weight_decoupled,
 )
-from tests.oracles import parts, problems
-from tests.oracles.problems import Problem, regression, weights
+from tests.oracles import parts, problems, references
+from tests.oracles.problems import Problem, directed, regression, weights
 from tests.oracles.trees import flat
 
 RHO = 0.3
@@ -39,6 +40,8 @@ LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 TOTAL = 6
 KEY = jax.random.key(3)
+# What the radius is called, where it is not `rho`.
+RADIUS = {"le_sam": "rho_max", "m_rwp": "std"}
 MASK = {"hidden": {"kernel": True, "bias": False}, "output": {"kernel": True, "bias": True}}
 
 
@@ -57,12 +60,16 @@ class Facts(NamedTuple):
     Attributes:
         weights: float, 1 where a leaf is a weight and 0 where it is a bias.
         direction: what the projections project with.
+        shapes: of the leaves.
+        noise: for a standard deviation, `gaussian_noise` as a perturbation.
         kept: for a probability and a step, `random_mask`'s factors (its draws are not the papers').
         ascends: for a probability and a step, `bernoulli`'s draw.
     """
 
     weights: np.ndarray
     direction: np.ndarray
+    shapes: list[tuple]
+    noise: Callable[[float], Callable]
     kept: Callable[[float, int], np.ndarray]
     ascends: Callable[[float, int], bool]
 
@@ -73,6 +80,7 @@ class Facts(NamedTuple):
 def facts(params: Any, direction: Any) -> Facts:
     """Facts about the perturbed leaves; None stands for the others."""
     ones = jax.tree.map(jnp.ones_like, params)
+    shapes = [np.shape(x) for x in jax.tree.leaves(params)]
 
     def kept(beta, t):
         return flat(random_mask(KEY, beta).update(ones, optax.EmptyState(), step=t)[0])
@@ -80,7 +88,18 @@ def facts(params: Any, direction: Any) -> Facts:
     def ascends(probability, t):
         return bool(sam_optax.policies.bernoulli(KEY, probability).decide(None, t, ())[0])
 
-    return Facts(flat(weights(params)), flat(direction), kept, ascends)
+    def noise(std):
+        draws: Any = {}  # made where they are asked for
+
+        def part(g, w, t, m):
+            if t not in draws:
+                plain = gaussian_noise(KEY, 1.0, rows=False)
+                draws[t] = flat(plain.update(ones, optax.EmptyState(), step=t)[0])
+            return references.row_noise(shapes, std, draws)(w, t), m
+
+        return part
+
+    return Facts(flat(weights(params)), flat(direction), shapes, noise, kept, ascends)
 
 
 class Row(NamedTuple):
@@ -91,9 +110,11 @@ class Row(NamedTuple):
         build: ``build(base, rho=..., mask=..., ...)``; unless told otherwise, all is measured.
         method: its NumPy counterpart, from `Facts` and rho.
         scale_free: eps does not change when the loss is multiplied by a positive number.
-        direction: ``update`` takes ``direction=``.
+        direction: ``update`` takes ``direction=`` or ``ascent_mask=``.
         whole: it treats its parameters as one vector, however they are cut into leaves.
         base_at_zero: for rho = 0 it is the base optimizer.
+        random: eps is not 0 where the gradient is.
+        gradients: how many there are beyond the clean one where it ascends.
     """
 
     name: str
@@ -103,12 +124,14 @@ class Row(NamedTuple):
     direction: bool = False
     whole: bool = True
     base_at_zero: bool = True
+    random: bool = False
+    gradients: int = 1
 
     def extra(self, problem: Problem) -> Callable[[Any], Any] | None:
         return (lambda params: problem.direction) if self.direction else None
 
     def keywords(self, problem: Problem) -> dict[str, Any]:
-        return {"direction": problem.direction} if self.direction else {}
+        return directed(problem.direction) if self.direction else {}
 
 
 def _composed(*some: Any, **known: Any) -> Callable:
@@ -123,8 +146,10 @@ def _composed(*some: Any, **known: Any) -> Callable:
 
 
 def _named(method: Callable, *args: Any, **known: Any) -> Callable:
+    radius = RADIUS.get(method.__name__, "rho")
+
     def build(base, rho=RHO, **kwargs):
-        return method(base, *args, rho=rho, **{"info": True} | known | kwargs)
+        return method(base, *args, **{radius: rho}, **{"info": True} | known | kwargs)
 
     return build
 
@@ -231,6 +256,83 @@ ROWS = (
         lambda f, rho: _method(parts.ball(rho), parts.mixed(0.6)),
     ),
     Row(
+        "unified_sam",
+        _named(sam_optax.unified_sam, lam=0.6),
+        lambda f, rho: _method(parts.blended(0.6 * rho, 0.4 * rho)),
+        scale_free=False,
+    ),
+    Row(
+        "sagm",
+        _named(sam_optax.sagm, alpha=0.05),
+        lambda f, rho: _method(parts.blended(rho, -0.05), parts.mixed(0.5)),
+        scale_free=False,
+        base_at_zero=False,
+    ),
+    Row(
+        "le_sam",
+        _named(sam_optax.le_sam, sigma=0.4),
+        lambda f, rho: _method(parts.equated(0.4, rho)),
+        scale_free=False,
+    ),
+    Row(
+        "zsharp",
+        _named(sam_optax.zsharp, share=0.4),
+        lambda f, rho: _method(parts.largest(0.4, True, f.shapes, parts.ball(rho))),
+        whole=False,
+    ),
+    Row(
+        "xsam",
+        _named(sam_optax.xsam, alpha=1.5),
+        lambda f, rho: _method(parts.ball(rho), parts.arc(1.5)),
+    ),
+    Row(
+        "multi_step_sam",
+        _named(sam_optax.multi_step_sam, num_steps=2),
+        lambda f, rho: _method(parts.repeated(parts.ball(rho), 2)),
+        gradients=2,
+    ),
+    Row(
+        "cr_sam",
+        _named(sam_optax.cr_sam, gamma=0.3, beta=0.2),
+        lambda f, rho: _method(parts.ball(rho), parts.curved(0.3, 0.2)),
+        gradients=2,
+    ),
+    Row(
+        "gam",
+        _named(sam_optax.gam, norm_rho=0.2, beta_1=0.6, beta_2=0.5, beta_3=0.4, gamma=0.3),
+        lambda f, rho: _method(parts.ball(rho), parts.first_order(0.2, (0.6, 0.5, 0.4), 0.3)),
+        base_at_zero=False,
+        gradients=3,
+    ),
+    Row(
+        "eigen_sam",
+        _named(sam_optax.eigen_sam, alpha=0.4),
+        lambda f, rho: _method(parts.tilted(0.4, f.direction, parts.unnormalized(rho))),
+        direction=True,
+    ),
+    Row(
+        "sparse_sam",
+        _named(sam_optax.sparse_sam),
+        lambda f, rho: _method(parts.masked(parts.ball(rho), f.direction > 0)),
+        direction=True,
+    ),
+    Row(
+        "r_sam",
+        _named(sam_optax.r_sam, KEY, std=0.05),
+        lambda f, rho: _method(parts.from_where(f.noise(0.05), parts.ball(rho))),
+        whole=False,
+        random=True,
+        base_at_zero=False,
+        gradients=2,
+    ),
+    Row(
+        "m_rwp",
+        _named(sam_optax.m_rwp, KEY, alpha=0.4),
+        lambda f, rho: _method(f.noise(rho), parts.mixed(0.4)),
+        whole=False,
+        random=True,
+    ),
+    Row(
         "sharpness_aware, unnormalized",
         _composed(gradient_ascent),
         lambda f, rho: _method(parts.unnormalized(rho)),
@@ -311,6 +413,12 @@ each_part = pytest.mark.parametrize(
             "ae_look_sam",
             "vasso",
             "gnp",
+            "zsharp",
+            "xsam",
+            "multi_step_sam",
+            "gam",
+            "sparse_sam",
+            "r_sam",
             "sharpness_aware, unnormalized",
             "sharpness_aware, own scale",
             "sharpness_aware, along a direction",
@@ -323,6 +431,7 @@ each_part = pytest.mark.parametrize(
     ],
     ids=lambda row: row.name,
 )
+half_the_rows = pytest.mark.parametrize("row", ROWS[::2], ids=lambda row: row.name)
 # For what the combinator does, whatever its parts are: a row of every kind.
 some_rows = pytest.mark.parametrize("row", ROWS[::4], ids=lambda row: row.name)
 a_few_rows = pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+r"""Which elements to perturb: masks for `sam_optax.perturbations.apply_ascent_mask`, and so for
+`sparse_sam`.
+
+A mask is made outside of the step, once in a while (once an epoch, or every few), and handed to
+every ``update`` as ``ascent_mask=``; both functions may be jitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax._checks import check_key, check_like, check_number
+from sam_optax._tree import upcast
+from sam_optax._types import Gradient, Params
+
+
+def _largest(scores: Any, count: int) -> Any:
+    """A tree of bools, True for exactly ``count`` of the largest scores of all leaves together."""
+    leaves, structure = jax.tree.flatten(scores)
+    flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
+    chosen = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(flat, count)[1]].set(True)
+    masks, start = [], 0
+    for x in leaves:
+        masks.append(chosen[start : start + x.size].reshape(x.shape))
+        start += x.size
+    return structure.unflatten(masks)
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def fisher_mask(
+    loss_fn: Callable[..., Any], params: Params, *examples: Any, share: float = 0.8
+) -> Any:
+    r"""The elements with the largest diagonal empirical Fisher information: SSAM-F's mask.
+
+    .. math:: F = \sum_i (\nabla \ell_i(w))^2
+
+    Args:
+        loss_fn: ``loss_fn(params, *examples) -> loss`` on a batch; it is called with one example
+            at a time, as a batch of one.
+        params: w.
+        *examples: arrays (or trees of them) whose leading axis is that of the examples.
+        share: of all elements that are kept, in (0, 1]; one minus the paper's sparsity.
+
+    Returns:
+        A tree of bools like ``params``: True for the ``int(share * n)`` largest of all n elements.
+
+    Cost: one gradient per example, one after another; a sort of all parameters.
+
+    Raises:
+        ValueError: ``share`` is outside (0, 1], or there is no example.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sam_optax import fisher_mask
+        >>> loss_fn = lambda w, x: jnp.mean(x @ w)
+        >>> x = jnp.array([[1.0, -4, 0, 2], [3, 0, 1, 0]])
+        >>> fisher_mask(loss_fn, jnp.zeros(4), x, share=0.5)
+        Array([ True,  True, False, False], dtype=bool)
+
+    References:
+        Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
+        <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022.
+
+    .. note:: Differences. The authors' code begins with an empty mask, so that its first step is
+        the base optimizer's, and makes the first one after it.
+    """
+    check_number("fisher_mask", "share", share, high=1, open_low=True, schedule=False)
+    if not jax.tree.leaves(examples):
+        raise ValueError("fisher_mask: pass the examples whose gradients are to be squared.")
+
+    def add(total, example):
+        alone = jax.tree.map(lambda x: x[None], example)
+        gradient = upcast(jax.grad(loss_fn)(params, *alone))
+        return jax.tree.map(lambda f, g: f + jnp.square(g), total, gradient), None
+
+    fisher, _ = jax.lax.scan(add, optax.tree.zeros_like(upcast(params)), examples)
+    return _largest(fisher, int(_size(params) * share))
+
+
+def dynamic_mask(
+    key: jax.Array,
+    grads: Gradient,
+    share: float = 0.8,
+    *,
+    mask: Any = None,
+    drop: float = 0.5,
+) -> Any:
+    r"""A mask that loses its elements with the smallest gradients, and grows as many at random:
+    SSAM-D's.
+
+    Args:
+        key: a PRNG key, another one at every call.
+        grads: a gradient, tree like the parameters.
+        share: of all elements that are kept, in (0, 1]; one minus the paper's sparsity.
+        mask: the mask so far; None for the first, which is random.
+        drop: the share of the mask's elements to lose, in [0, 1]; the authors let it fall by a
+            cosine: :math:`\tfrac12 d (1 + \cos(\pi t / T))` with d = 0.5.
+
+    Returns:
+        A tree of bools like ``grads``, True for ``int(share * n)`` of all n elements (fewer where
+        ``mask`` had fewer to keep). With nothing left to grow, only as many are lost as are left
+        out.
+
+    Cost: two sorts of all parameters.
+
+    Raises:
+        ValueError: ``share`` or ``drop`` is outside its range, or ``mask`` is not like ``grads``.
+        TypeError: ``key`` is no key.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from sam_optax import dynamic_mask
+        >>> grads, mask = jnp.array([4.0, 1, 3, 2]), jnp.array([True, True, False, False])
+        >>> new = dynamic_mask(jax.random.key(0), grads, 0.5, mask=mask, drop=0.5)
+        >>> print(new[:2], int(new.sum()))  # one kept, one of the two others grown
+        [ True False] 2
+
+    References:
+        Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
+        <https://arxiv.org/abs/2210.05177>`_, NeurIPS 2022.
+    """
+    check_key("dynamic_mask", key)
+    check_number("dynamic_mask", "share", share, high=1, open_low=True, schedule=False)
+    check_number("dynamic_mask", "drop", drop, high=1, schedule=False)
+    leaves, structure = jax.tree.flatten(grads)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    draws = [jax.random.uniform(k, jnp.shape(x)) for k, x in zip(keys, leaves, strict=False)]
+    random = structure.unflatten(draws)
+    size = _size(grads)
+    if mask is None:
+        return _largest(random, int(size * share))
+    check_like(mask, grads, "dynamic_mask", "mask")
+    mask = jax.tree.map(lambda m: jnp.asarray(m) != 0, mask)
+    grown = int(min(size * share * drop, size * (1 - share)))
+    kept = int(size * share) - grown
+    # Below every score are those that are not asked for.
+    active = jax.tree.map(lambda m, g: jnp.where(m, jnp.abs(g), -1), mask, upcast(grads))
+    others = jax.tree.map(lambda m, x: jnp.where(m, -1, x), mask, random)
+    both = _largest(active, kept), _largest(others, grown)
+    return jax.tree.map(lambda m, old, new: (old & m) | (new & ~m), mask, *both)
