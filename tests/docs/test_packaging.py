@@ -55,6 +55,7 @@ def test_wheel_requires_jax_and_optax_alone(wheel):
     requirements = head.get_all("Requires-Dist", [])
     assert sorted(r for r in requirements if "extra ==" not in r) == ["jax>=0.10", "optax>=0.2.6"]
     assert set(head.get_all("Provides-Extra", [])) == {
+        "clients",
         "diagnostics",
         "docs",
         "examples",
