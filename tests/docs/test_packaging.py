@@ -126,7 +126,7 @@ def test_one_version_everywhere():
 
 
 def test_minimum_versions_are_the_lower_bounds():
-    """Of all that the library's tests install; what checks or builds text, or has trainers, is free."""
+    """Of all that the library's tests install; free are those that check or build text or train."""
     lines = (ROOT / "tests/minimum-versions.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     extras = PROJECT["optional-dependencies"]
