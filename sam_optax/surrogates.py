@@ -13,7 +13,7 @@ ValueError that names function, argument, value and range; of another kind or sh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,9 +196,7 @@ def weight_decoupled(gamma: ScalarOrSchedule) -> SurrogateRule:
     return SurrogateRule(lambda params: (), fresh, stale)
 
 
-def gap_descent(
-    alpha: ScalarOrSchedule, minimize: Literal["perturbed", "clean"] = "perturbed"
-) -> SurrogateRule:
+def gap_descent(alpha: ScalarOrSchedule, minimize_fp: bool = True) -> SurrogateRule:
     r"""Descend on the perturbed loss and shrink the surrogate gap as well.
 
     .. math:: d = g_p - \alpha\, g_\perp, \qquad
@@ -206,20 +204,21 @@ def gap_descent(
               \text{stale: } d = g.
 
     :math:`g_\perp` is the component of the clean gradient orthogonal to the perturbed one. With
-    ``minimize="clean"`` the two change places:
+    ``minimize_fp=False`` the two change places:
 
     .. math:: d = g + \alpha \left( g_p - \frac{\langle g_p, g \rangle}{\lVert g \rVert^2} g \right)
 
     Args:
         alpha: weight of the orthogonal component, at least 0; a number or a schedule.
-        minimize: the loss of which d has the whole gradient, ``"perturbed"`` or ``"clean"``.
+        minimize_fp: whether d has the whole gradient of the perturbed loss, or of the clean one.
 
     Returns:
         A stateless `SurrogateRule`. ``alpha = 0`` is `perturbed_gradient`, or with
-        ``minimize="clean"`` the clean gradient. Cost: a norm and an inner product.
+        ``minimize_fp=False`` the clean gradient. Cost: a norm and an inner product.
 
     Raises:
-        ValueError: ``alpha`` is negative, or ``minimize`` is another word.
+        ValueError: ``alpha`` is negative.
+        TypeError: ``minimize_fp`` is no bool.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -233,19 +232,17 @@ def gap_descent(
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
 
-    .. note:: Differences. ``minimize="clean"`` is an option of the authors' JAX code
-        (``minimize_fp=False``); the paper has the other form alone.
+    .. note:: Differences. ``minimize_fp=False`` is an option of the authors' JAX code; the paper has
+        the other form alone.
     """
     weight = hyperparameter("gap_descent", "alpha", alpha)
-    if minimize not in ("perturbed", "clean"):
-        raise ValueError(
-            f'gap_descent: `minimize` must be "perturbed" or "clean", got {minimize!r}.'
-        )
+    if not isinstance(minimize_fp, bool):
+        raise TypeError(f"gap_descent: `minimize_fp` must be True or False, got {minimize_fp!r}.")
 
     def fresh(g, gp, step):
-        if minimize == "clean":
-            return jax.tree.map(jnp.add, upcast(g), scale(weight(step), reject(gp, g)))
-        return jax.tree.map(jnp.subtract, upcast(gp), scale(weight(step), reject(g, gp)))
+        if minimize_fp:
+            return jax.tree.map(jnp.subtract, upcast(gp), scale(weight(step), reject(g, gp)))
+        return jax.tree.map(jnp.add, upcast(g), scale(weight(step), reject(gp, g)))
 
     return _stateless(fresh)
 

@@ -229,7 +229,7 @@ def gsam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule = 0.05,
     alpha: ScalarOrSchedule = 0.1,
-    minimize: Literal["perturbed", "clean"] = "perturbed",
+    minimize_fp: bool = True,
     **common: Unpack[Common],
 ) -> SharpnessAware:
     r"""GSAM: descend on the perturbed loss, and shrink the surrogate gap as well.
@@ -242,7 +242,7 @@ def gsam(
         rho: radius of the L2 ball, in units of the parameters, at least 0; `proportional_rho` ties
             it to the learning rate, as the paper does.
         alpha: weight of the clean gradient's component orthogonal to the perturbed one, at least 0.
-        minimize: ``"clean"``: d is g plus ``alpha`` times the part of :math:`g_p` across g.
+        minimize_fp: if False, d is g plus ``alpha`` times the part of :math:`g_p` across g.
 
     Cost: 2 gradients per step; nothing stored; in a step, one copy of the parameters more than SAM.
     When: very many wrong labels: with 60 %, 89.9 % and SAM 88.3, but alike with 20 and 40 (Table 6
@@ -262,10 +262,10 @@ def gsam(
         Zhuang et al., `ICLR 2022 <https://arxiv.org/abs/2203.08065>`_, Algorithm 1.
 
     .. note:: Differences. The authors' JAX code forms eps and d per device; ``axis_name`` here
-        averages the two gradients before the rule combines them. ``minimize="clean"`` is that
-        code's ``minimize_fp=False``, which the paper does not have.
+        averages the two gradients before the rule combines them. ``minimize_fp=False`` is
+        that code's option, which the paper does not have.
     """
-    return sharpness_aware(base, steepest_ascent(rho), gap_descent(alpha, minimize), **common)
+    return sharpness_aware(base, steepest_ascent(rho), gap_descent(alpha, minimize_fp), **common)
 
 
 @_method

@@ -146,7 +146,7 @@ RULES: dict[str, tuple[Callable, Callable]] = {
     "reuse": (lambda: reuse_orthogonal(0.7), parts.reused(0.7)),
 }
 MORE_RULES: dict[str, tuple[Callable, Callable]] = {
-    "gap, clean": (lambda: gap_descent(0.4, minimize="clean"), parts.far_gap(0.4)),
+    "gap, clean": (lambda: gap_descent(0.4, minimize_fp=False), parts.far_gap(0.4)),
     "spherical": (lambda: spherical(1.5), parts.arc(1.5)),
     "curvature": (lambda: curvature_regularized(0.3, 0.2), parts.curved(0.3, 0.2)),
     "first order": (

@@ -161,7 +161,7 @@ REDUCTIONS = {
     "r_sam, std 0": (lambda: sam_optax.r_sam(adamw(), KEY, RHO, std=0.0), sam),
     "m_rwp, std 0": (lambda: sam_optax.m_rwp(adamw(), KEY, std=0.0), adamw),
     "gsam, clean, alpha 0": (
-        lambda: sam_optax.gsam(adamw(), RHO, alpha=0.0, minimize="clean"),
+        lambda: sam_optax.gsam(adamw(), RHO, alpha=0.0, minimize_fp=False),
         adamw,
     ),
     "norms scaled by 1": (

@@ -434,7 +434,7 @@ CASES = {
         problems=("two batches",),
     ),
     "gsam, on the clean loss": Case(
-        lambda o: sam_optax.gsam(o.base, alpha=0.4, minimize="clean"),
+        lambda o: sam_optax.gsam(o.base, alpha=0.4, minimize_fp=False),
         lambda p: references.gsam_clean(*p.run, ball(0.05), alpha=0.4),
         problems=("rosenbrock",),
     ),
