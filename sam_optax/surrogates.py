@@ -232,8 +232,8 @@ def gap_descent(alpha: ScalarOrSchedule, minimize_fp: bool = True) -> SurrogateR
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
         <https://arxiv.org/abs/2203.08065>`_, ICLR 2022, Algorithm 1.
 
-    .. note:: Differences. ``minimize_fp=False`` is an option of the authors' JAX code; the paper has
-        the other form alone.
+    .. note:: Differences. ``minimize_fp=False`` is an option of the authors' JAX code; the paper
+        has the other form alone.
     """
     weight = hyperparameter("gap_descent", "alpha", alpha)
     if not isinstance(minimize_fp, bool):
