@@ -1,5 +1,8 @@
 """A batch that is sharded over devices stays where it is."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,18 +38,33 @@ def memory(program):
     return untyped(program.memory_analysis()).temp_size_in_bytes
 
 
+def flops(program):
+    """Of one device."""
+    return untyped(program.cost_analysis())["flops"]
+
+
+def collectives(program):
+    """How often each is in the program."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", program.as_text()))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"num_microbatches": 4}, {"num_groups": 4}, {"num_groups": 4, "num_microbatches": 4}],
 )
 def test_parts_of_a_sharded_batch(options):
-    """No device gets the others' examples: its memory holds a quarter of the batch at the most.
+    """No device gets the others' examples, or does their work: gradients alone are sent.
 
-    The gradient's own copies, all-reduced, are there with and without parts.
+    Its memory holds a quarter of the batch at the most. Of a loop, `flops` are those of one round.
     """
     whole, wanted = compiled()
     parts, got = compiled(**options)
     batch = 256 * FEATURES * 4
     assert memory(parts) - memory(whole) < batch
+    assert 1 <= collectives(parts)["all-reduce"] <= 3
+    assert collectives(parts).keys() == {"all-reduce"}
+    rounds = options.get("num_microbatches", 1)
+    assert rounds * flops(parts) < 1.1 * flops(whole)
     if "num_groups" not in options:
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
