@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec, reshard
 
 from sam_optax._tree import accumulator
+
+
+def _sharded(x: jax.Array) -> tuple[Any, int, tuple]:
+    """Axes of the mesh over which x's type shards its leading axis, their size, and the rest.
+
+    Types do so where the mesh's axes are explicit; elsewhere the compiler knows, and decides.
+    """
+    sharding = jax.typeof(x).sharding
+    over, *rest = sharding.spec
+    names = over if isinstance(over, tuple) else () if over is None else (over,)
+    return over, math.prod(sharding.mesh.shape[name] for name in names), tuple(rest)
+
+
+def _merge(x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+    """``x`` with an axis and the next as one; sharded as the second was, where its type says so."""
+    spec = list(jax.typeof(x).sharding.spec)
+    over = spec.pop(axis + 1)
+    if over is None:
+        return jnp.reshape(x, shape)
+    whole = reshard(x, PartitionSpec(*spec[: axis + 1], None, *spec[axis + 1 :]))
+    spec[axis] = over
+    return reshard(jnp.reshape(whole, shape), PartitionSpec(*spec))
 
 
 class Batch(NamedTuple):
@@ -107,17 +131,47 @@ class Batch(NamedTuple):
                 "parts; choose a divisor of the batch size."
             )
 
+        shape = (size // parts, parts) if interleaved else (parts, size // parts)
+
         def reshape(_, x):
-            rest = jnp.shape(x)[1:]
-            if interleaved:
-                return jnp.swapaxes(jnp.reshape(x, (size // parts, parts, *rest)), 0, 1)
-            return jnp.reshape(x, (parts, size // parts, *rest))
+            x = jnp.asarray(x)
+            over, count, rest = _sharded(x)
+            if over is None or (interleaved and shape[0] % count == 0):
+                x = jnp.reshape(x, (*shape, *x.shape[1:]))
+            else:
+                # The examples move, for two reasons: no reshape cuts a shard, and vmap's `psum`
+                # does not compile over an axis that is sharded.
+                x = jnp.reshape(reshard(x, PartitionSpec(None, *rest)), (*shape, *x.shape[1:]))
+                inner = over if shape[1] % count == 0 else None
+                x = reshard(x, PartitionSpec(None, inner, *rest))
+            return jnp.swapaxes(x, 0, 1) if interleaved else x
 
         return self.over(reshape, args)
 
-    def take(self, args: tuple, index: Any) -> tuple:
-        """The arguments, with every leaf of the batch indexed along its leading axis."""
-        return self.over(lambda _, x: jnp.asarray(x)[index], args)
+    def one(self, pieces: tuple) -> tuple:
+        """What a part of a batch that was cut looks like."""
+
+        def first(_, x):
+            kind = jax.typeof(x)
+            sharding = kind.sharding.update(spec=PartitionSpec(*kind.sharding.spec[1:]))
+            return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, sharding=sharding)
+
+        return self.over(first, pieces)
+
+    def take_largest(self, args: tuple, values: jax.Array, count: int) -> tuple:
+        """The arguments, with the examples of the largest values alone."""
+        over, shards, _ = _sharded(values)
+        _, index = jax.lax.top_k(reshard(values, PartitionSpec(None)) if over else values, count)
+
+        def some(_, x):
+            x = jnp.asarray(x)
+            over, _, rest = _sharded(x)
+            if over is None:
+                return x[index]
+            outer = over if count % shards == 0 else None
+            return x.at[index].get(out_sharding=PartitionSpec(outer, *rest))
+
+        return self.over(some, args)
 
     def join(
         self, stacked: Any, part: Any, whole: Any, *, interleaved: bool, reduce: Callable
@@ -141,7 +195,7 @@ class Batch(NamedTuple):
             # The batch is the one axis that is as many times longer as there are parts.
             for i in range(len(one.shape)):
                 if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:
-                    return jnp.reshape(jnp.moveaxis(x, 0, i + interleaved), all_.shape)
+                    return _merge(jnp.moveaxis(x, 0, i + interleaved), i, all_.shape)
             raise ValueError(
                 f"{self.function}: auxiliary output `aux{jax.tree_util.keystr(path)}` of shape "
                 f"{one.shape} on each of {len(x)} parts of the batch cannot be put together to "

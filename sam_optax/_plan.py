@@ -193,7 +193,7 @@ class Plan(NamedTuple):
         def averaged(params, *args):
             pieces = self.batch.cut(args, parts, "num_microbatches", interleaved=True)
             chosen = self.batch.positions(args)
-            first = self.batch.take(pieces, 0)
+            first = self.batch.one(pieces)
 
             def add(total, piece):
                 here = tuple(piece[i] if i in chosen else x for i, x in enumerate(args))
@@ -202,7 +202,7 @@ class Plan(NamedTuple):
                 return jax.tree.map(lambda sum_, x: sum_ + x / parts, total, share), aux
 
             like = jax.eval_shape(lambda *a: evaluate(*a)[:2], params, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator(x)), like)
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator(x)), like)
             start = vary(zeros, tracked(self.axes))
             total, stacked = jax.lax.scan(add, start, {i: pieces[i] for i in chosen})
             value, gradient = cast_like(total, like)
@@ -276,7 +276,7 @@ class Plan(NamedTuple):
         else:
             out = (None, None, 0)
             found, moved, aux = self._grouped(here, (params, state), args, first, out)
-            part = self.batch.take(self.batch.cut(args, self.num_groups, "num_groups"), 0)
+            part = self.batch.one(self.batch.cut(args, self.num_groups, "num_groups"))
             shapes = (clean, (params, *part), (params, *args), False)
             clean_aux = self._join(first.aux, *shapes)
             aux = self._join(aux, *shapes) if want_aux else aux

@@ -133,8 +133,8 @@ def esam_step(
             if keep == len(before):
                 return clean(point, *args)
             each = losses(point, *args)[0]
-            _, hurt = jax.lax.top_k(each - before, keep)
-            gradient = clean(point, *plan.batch.take(args, hurt)).gradient
+            hurt = plan.batch.take_largest(args, each - before, keep)
+            gradient = clean(point, *hurt).gradient
             return Evaluation(jnp.mean(each), gradient)
 
         passes = Step(tx, plan, clean, perturbed, skip_nonfinite, extra_args)
@@ -216,8 +216,8 @@ def ksam_step(
         on_part = differentiated(_mean_of(losses), loss_scale)
 
         def on_hard(point, each, args):
-            _, hard = jax.lax.top_k(each, _share_of(gamma, each, args, plan.batch))
-            return on_part(point, *plan.batch.take(args, hard))
+            keep = _share_of(gamma, each, args, plan.batch)
+            return on_part(point, *plan.batch.take_largest(args, each, keep))
 
         def clean(point, *args):
             each, (aux, _) = losses(point, *args)

@@ -3,6 +3,7 @@
 import collections
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sam_optax
-from sam_optax.training import two_gradient_step
+from sam_optax.training import (
+    esam_step,
+    ksam_step,
+    two_gradient_step,
+    weighted_sharpness_step,
+)
 from tests.oracles.rows import untyped
 
 DEVICES = 4
@@ -68,3 +74,41 @@ def test_parts_of_a_sharded_batch(options):
     assert rounds * flops(parts) < 1.1 * flops(whole)
     if "num_groups" not in options:
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def losses(w, x):
+    return jnp.mean(jnp.square(jnp.tanh(x @ w)), axis=1)
+
+
+def loss_and_losses(w, x):
+    return loss_fn(w, x), losses(w, x)
+
+
+SAM = sam_optax.sam(optax.sgd(0.1), rho=0.3)
+STEPS = {
+    "groups": lambda n: two_gradient_step(loss_and_losses, SAM, has_aux=True, num_groups=n),
+    "micro-batches": lambda n: two_gradient_step(
+        loss_and_losses, SAM, has_aux=True, num_microbatches=n
+    ),
+    "both": lambda n: two_gradient_step(loss_fn, SAM, num_groups=n, num_microbatches=2),
+    "weighted": lambda n: weighted_sharpness_step(
+        losses, SAM, lambda x: x[:, 0] ** 2, num_groups=n
+    ),
+    "esam": lambda n: esam_step(losses, SAM, gamma=n / 16),
+    "ksam": lambda n: ksam_step(losses, SAM, gamma=n / 16),
+}
+
+
+@pytest.mark.parametrize("parts", [2, 4])  # fewer than there are devices, and as many
+@pytest.mark.parametrize("name", STEPS)
+def test_a_batch_that_is_sharded_by_its_type(name, parts):
+    """Where the mesh's axes are explicit, what is computed is the same."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+    step, w = jax.jit(STEPS[name](parts)), jnp.eye(3)
+    wanted = step(w, SAM.init(w), x)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec()))
+        got = step(w, SAM.init(w), x)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
