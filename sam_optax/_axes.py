@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from sam_optax._tree import cast_like, upcast
 
+GROUPS = "sam_optax_groups"  # within one program, hence an axis of vmap
+
 
 def axis_names(axis_name: Any) -> tuple:
     """``axis_name``, None, one name or several, as a tuple."""
@@ -58,11 +60,16 @@ def check_shard(function: str, value: Any, params: Any, axes: tuple) -> None:
 
 def average(tree: Any, axes: tuple) -> Any:
     """Mean of the float leaves over the axes; the other leaves do not depend on the shard."""
+    devices = tuple(a for a in axes if a != GROUPS)
 
     def mean(x):
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             return x
         # A sum in float16 would overflow, one in bfloat16 stop growing.
-        return cast_like(jax.lax.pmean(upcast(x), axes), x)
+        total = upcast(x)
+        if GROUPS in axes:
+            # Over an axis of vmap, `pmean` does not compile where types are sharded.
+            total = jnp.mean(jax.lax.all_gather(total, GROUPS), axis=0)
+        return cast_like(jax.lax.pmean(total, devices) if devices else total, x)
 
     return jax.tree.map(mean, tree) if axes else tree

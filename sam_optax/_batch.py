@@ -136,11 +136,9 @@ class Batch(NamedTuple):
         def reshape(_, x):
             x = jnp.asarray(x)
             over, count, rest = _sharded(x)
-            if over is None or (interleaved and shape[0] % count == 0):
+            if shape[0] % count == 0:
                 x = jnp.reshape(x, (*shape, *x.shape[1:]))
-            else:
-                # The examples move, for two reasons: no reshape cuts a shard, and vmap's `psum`
-                # does not compile over an axis that is sharded.
+            else:  # No reshape cuts a shard: the examples move.
                 x = jnp.reshape(reshard(x, PartitionSpec(None, *rest)), (*shape, *x.shape[1:]))
                 inner = over if shape[1] % count == 0 else None
                 x = reshard(x, PartitionSpec(None, inner, *rest))
@@ -149,12 +147,11 @@ class Batch(NamedTuple):
         return self.over(reshape, args)
 
     def one(self, pieces: tuple) -> tuple:
-        """What a part of a batch that was cut looks like."""
+        """A part of a batch that was cut, for its shapes and types."""
 
         def first(_, x):
-            kind = jax.typeof(x)
-            sharding = kind.sharding.update(spec=PartitionSpec(*kind.sharding.spec[1:]))
-            return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, sharding=sharding)
+            over, _, rest = _sharded(x)
+            return (reshard(x, PartitionSpec(None, *rest)) if over else x)[0]
 
         return self.over(first, pieces)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._axes import check_shard, tracked, vary, varying
+from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
 from sam_optax._checks import check_number, origins
 from sam_optax._method import Method
@@ -19,8 +19,6 @@ from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
 from sam_optax.combinator import SharpnessAware
 from sam_optax.one_gradient import OneGradient
-
-_GROUPS = "sam_optax_groups"
 
 Loss = Callable[..., tuple[Any, tuple[Any, Any]]]
 """``(params, *args) -> (loss, (aux, carried))``: ``carried`` is what the step itself needs."""
@@ -172,7 +170,7 @@ class Plan(NamedTuple):
     @property
     def groups(self) -> tuple:
         """The axis of the groups, where there are some."""
-        return (_GROUPS,) if self.num_groups > 1 else ()
+        return (GROUPS,) if self.num_groups > 1 else ()
 
     @property
     def axes(self) -> tuple:
@@ -291,7 +289,7 @@ class Plan(NamedTuple):
             lambda here, mine: function(*whole, here, mine),
             in_axes=(where, 0),
             out_axes=out,
-            axis_name=_GROUPS,
+            axis_name=GROUPS,
         )
         return mapped(pieces, first)
 
