@@ -71,15 +71,18 @@ def hessian_vector_product(loss_fn: Loss, params: Any, vector: Any) -> Any:
 
 
 class _Hessian(NamedTuple):
-    """The Hessian on flat vectors.
+    """The Hessian on flat vectors, over a power of two, so that squares do not overflow or vanish.
 
     Attributes:
-        product: ``[n] -> [n]``.
+        product: ``[n] -> [n]``, that of H / unit.
+        unit: about as large as what H makes of a random vector; 1 for a zero H, NaN for one
+            that overflows.
         like: f32[n] or f64[n], the flat parameters.
         unravel: from ``[n]`` to a tree like the parameters.
     """
 
     product: Callable[[jax.Array], jax.Array]
+    unit: jax.Array
     like: jax.Array
     unravel: Callable[[jax.Array], Any]
 
@@ -89,7 +92,14 @@ def _hessian(function: str, loss_fn: Loss, params: Any, key: Any) -> _Hessian:
     check_key(function, key)
     flat, unravel = ravel_pytree(upcast(params))
     gradient = jax.grad(lambda w: scalar(function, loss_fn)(unravel(w)))
-    return _Hessian(lambda v: jax.jvp(gradient, (flat,), (v,))[1], flat, unravel)
+
+    def product(v):
+        return jax.jvp(gradient, (flat,), (v,))[1]
+
+    largest = jnp.max(jnp.abs(product(jax.random.normal(key, flat.shape, flat.dtype))))
+    unit = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1])
+    unit = jnp.where(jnp.isfinite(largest), unit, jnp.nan)  # rather than a finite wrong answer
+    return _Hessian(lambda v: product(v) / unit, unit, flat, unravel)
 
 
 def _dense_spectrum(hessian: _Hessian) -> tuple[jax.Array, jax.Array]:
@@ -176,8 +186,9 @@ def hessian_top_eigenvalues(
 
     Returns:
         f32[k], or f64[k] for float64 parameters; largest first. In units of loss / parameter^2.
+        NaN where the product with a random vector overflows.
 
-    Cost: ``num_iters + 1`` Hessian-vector products for k = 1, else 2 to k sweeps of ``num_iters``,
+    Cost: ``num_iters + 2`` Hessian-vector products for k = 1, else 2 to k sweeps of ``num_iters``,
     mostly 2, and k more; memory about 2 ``num_iters`` copies of the parameters. Beyond a million
     parameters on a CPU, most of the time goes into re-orthogonalization, which reads
     4 ``num_iters``^2 copies of them a sweep.
@@ -214,7 +225,7 @@ def _top_eigenpairs(
         values, vectors = _dense_spectrum(hessian)
     else:
         values, vectors = _top_by_sweeps(hessian, key, k, num_iters)
-    return values[::-1][:k], jax.vmap(hessian.unravel)(vectors[::-1][:k])
+    return hessian.unit * values[::-1][:k], jax.vmap(hessian.unravel)(vectors[::-1][:k])
 
 
 def _top_by_sweeps(
@@ -275,7 +286,7 @@ def hessian_trace(
         the denominator) over the root of s. NaN, for unknown, with one sample; 0 for a diagonal
         Hessian, of which every sample gives the trace. Both f32[] (f64[] for float64 parameters).
 
-    Cost: s Hessian-vector products, one after the other in the memory of one.
+    Cost: s + 1 Hessian-vector products, one after the other in the memory of one.
 
     Raises:
         ImportError: matfree is missing.
@@ -304,9 +315,8 @@ def hessian_trace(
     traces = jax.lax.map(
         lambda subkey: sample(hessian.product, subkey), jax.random.split(key, num_samples)
     )
-    return jnp.mean(traces), jnp.std(traces, ddof=1) / jnp.sqrt(
-        jnp.asarray(num_samples, traces.dtype)
-    )
+    error = jnp.std(traces, ddof=1) / jnp.sqrt(jnp.asarray(num_samples, traces.dtype))
+    return hessian.unit * jnp.mean(traces), hessian.unit * error
 
 
 @_precisely
@@ -394,4 +404,4 @@ def hessian_spectral_density(
     sigma = 2 * spacing
     grid = (low + high - width) / 2 + spacing * (jnp.arange(num_points, dtype=dtype) - 10)
     bumps = jax.scipy.stats.norm.pdf(grid[:, None], nodes, sigma)
-    return grid, bumps @ shares
+    return hessian.unit * grid, bumps @ shares / hessian.unit

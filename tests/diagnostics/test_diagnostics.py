@@ -59,6 +59,31 @@ def quadratic(matrix):
 # Curvature
 
 
+def test_curvature_of_every_size():
+    """In float32, from 1e-30 to 1e30: squares neither vanish nor overflow. Beyond, NaN."""
+    matrix = rotated([3.0, 1.0, *np.linspace(-0.5, 0.5, 18)])
+
+    @jax.jit
+    def measured(size):
+        def loss(w):
+            return 0.5 * jnp.vdot(w, size * (jnp.asarray(matrix, jnp.float32) @ w))
+
+        at = (loss, jnp.zeros(20), KEY)
+        grid, density = diagnostics.hessian_spectral_density(*at, num_iters=12, num_points=64)
+        return (
+            diagnostics.hessian_top_eigenvalues(*at, num_iters=12, k=2) / size,
+            diagnostics.hessian_trace(*at, num_samples=4)[0] / size,
+            grid / size,
+            density * size,
+        )
+
+    for size in (1e-30, 1e30):
+        for found, wanted in zip(measured(size), measured(1.0), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(measured(1.0)[0], [3, 1], rtol=1e-5)
+    assert all(np.isnan(x).all() for x in measured(3e38))
+
+
 def test_hessian_vector_product(float64):
     loss, params, *_ = network()
     vector = jax.tree.map(lambda p: jax.random.normal(KEY, p.shape), params)
