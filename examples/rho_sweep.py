@@ -1,19 +1,20 @@
-# smoke: --epochs 1 --seeds 1 --radii 0.1 0.5
-"""Test accuracy over the radius: every radius and every seed of a method in one `vmap`ped program.
+# smoke: --epochs 1 --seeds 2 --radii 0.1 0.5 --weight-decay 0 0.001
+"""Test accuracy over the radius: all radii, weight decays and seeds of a method in one program.
 
 A radius is a number like any other to the library, so that it may be traced: the function that
-trains once, from a radius and a seed to an accuracy, is mapped over both. The problem, its network
-and its base optimizer are those of compare.py: handwritten digits, 40 % wrong training labels.
+trains once, from a radius, a weight decay and a seed to an accuracy, is `vmap`ped over all three.
+The problem, its network and its base optimizer are those of compare.py: handwritten digits, 40 %
+wrong training labels.
 
     python examples/rho_sweep.py
-    python examples/rho_sweep.py --label-noise 0 --radii 0.01 0.1 1
+    python examples/rho_sweep.py --label-noise 0 0.2 0.4 0.6 0.8 --weight-decay 0 0.001 --seeds 5
 
 Radii of ASAM, whose ball is relative to the weights, are ten times as large, and those of
 Momentum-SAM three times, as its default is.
 """
 
 import argparse
-import time
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,19 +59,31 @@ METHODS = {
 }
 
 
-def sweep(method: Method, radii: jax.Array, args: argparse.Namespace) -> np.ndarray:
-    """Test accuracy f32[radii, seeds] after the last epoch."""
+class Sweep(NamedTuple):
+    """What a method came to.
+
+    Attributes:
+        radii: f32[radii].
+        accuracy: f32[decays, radii, seeds].
+    """
+
+    radii: np.ndarray
+    accuracy: np.ndarray
+
+
+def sweep(method: Method, radii: jax.Array, noise: float, args: argparse.Namespace) -> np.ndarray:
+    """Test accuracy f32[decays, radii, seeds] after the last epoch."""
     digits = load()
     images = jnp.asarray(digits.train_images)
-    noise = [np.random.default_rng(seed) for seed in range(args.seeds)]
-    labels = [flip_labels(digits.train_labels, args.label_noise, rng) for rng in noise]
+    rngs = [np.random.default_rng(seed) for seed in range(args.seeds)]
+    labels = [flip_labels(digits.train_labels, noise, rng) for rng in rngs]
     starts = [nnx.split(Classifier(nnx.Rngs(seed))) for seed in range(args.seeds)]
     graphdef = starts[0][0]
     params = jax.tree.map(lambda *x: jnp.stack(x), *(params for _, params in starts))
     rate = optax.cosine_decay_schedule(0.05, args.epochs * STEPS)
-    base = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(rate, momentum=0.9))
 
-    def train(rho, params, labels, key):
+    def train(decay, rho, params, labels, key):
+        base = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))
         tx = method.build(base, rho)
         step = two_gradient_step(make_loss(graphdef), tx)
 
@@ -85,63 +98,94 @@ def sweep(method: Method, radii: jax.Array, args: argparse.Namespace) -> np.ndar
         (params, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, args.epochs))
         return accuracy(graphdef, params, digits.test_images, digits.test_labels)
 
-    over_seeds = jax.vmap(train, (None, 0, 0, 0))
-    program = jax.jit(jax.vmap(over_seeds, (0, None, None, None)))
+    program = jax.vmap(train, (None, None, 0, 0, 0))
+    program = jax.vmap(program, (None, 0, None, None, None))
+    program = jax.jit(jax.vmap(program, (0, None, None, None, None)))
     keys = jax.random.split(jax.random.key(0), args.seeds)
-    return np.asarray(program(radii, params, jnp.stack(labels), keys))
+    decays = jnp.asarray(args.weight_decay, jnp.float32)
+    return np.asarray(program(decays, radii, params, jnp.stack(labels), keys))
 
 
-def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], base: np.ndarray, args) -> None:
-    """Mean over the seeds, and one standard deviation either side."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(
-        100 * base.mean(), color="black", linestyle=":", label="base optimizer, 1 gradient"
+def default(method: Method) -> float:
+    """The library's radius."""
+    return inspect.signature(method.build).parameters["rho"].default
+
+
+def draw(results: dict[str, dict[str, Sweep]], args: argparse.Namespace) -> None:
+    """Mean over the seeds, and one standard deviation either side; a panel per problem."""
+    rows, columns = len(args.weight_decay), len(args.label_noise)
+    figure = Figure(figsize=(3 + 4 * columns, 1.4 + 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="col")
+    for (noise, found), column in zip(results.items(), panels.T, strict=True):
+        for i, axes in enumerate(column):
+            base = 100 * found["base optimizer"].accuracy[i].mean()
+            axes.axhline(base, color="black", linestyle=":", label="base optimizer, 1 gradient")
+            for (name, method), marker in zip(METHODS.items(), "os^D", strict=True):
+                radii, accuracy = found[name]
+                percent, marked = 100 * accuracy[i], radii == np.float32(default(method))
+                label = f"{name}, {method.gradients} gradient{'s' * (method.gradients > 1)}"
+                mean = percent.mean(1)
+                line = axes.errorbar(
+                    radii, mean, percent.std(1), marker=marker, capsize=2, label=label
+                )
+                color = line[0].get_color()
+                axes.scatter(radii[marked], mean[marked], 160, facecolors="none", edgecolors=color)
+            title = f"{100 * noise:g} % wrong labels, weight decay {args.weight_decay[i]:g}"
+            axes.set(xscale="log", title=title)
+            axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize="small")
+    figure.supxlabel("radius rho (rings: the library's default)")
+    figure.supylabel("test accuracy (%)")
+    figure.suptitle(f"digits, {args.epochs} epochs, {args.seeds} seeds")
+    figure.savefig(args.output, dpi=100)
+
+
+def table_of(found: dict[str, Sweep], noise: float, args: argparse.Namespace) -> Table:
+    """Accuracies, and differences from the base optimizer of the same seed and weight decay."""
+    title = f"{100 * noise:g} % wrong labels, {args.epochs} epochs, {args.seeds} seeds"
+    table = Table(
+        "weight decay", "method", "gradients", "rho", "accuracy %", "from base", title=title
     )
-    for (name, (radii, found)), marker in zip(results.items(), "os^D", strict=True):
-        percent = 100 * found
-        label = f"{name}, {METHODS[name].gradients} gradient{'s' * (METHODS[name].gradients > 1)}"
-        axes.errorbar(radii, percent.mean(1), percent.std(1), marker=marker, capsize=2, label=label)
-    axes.set(xscale="log", xlabel="radius rho", ylabel="test accuracy (%)")
-    axes.set_title(
-        f"digits, {100 * args.label_noise:g} % wrong labels, {args.epochs} epochs, "
-        f"{args.seeds} seeds"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(args.output, dpi=150)
+    for i, decay in enumerate(args.weight_decay):
+        base = 100 * found["base optimizer"].accuracy[i, 0]
+        for name, (radii, share) in found.items():
+            gradients = METHODS[name].gradients if name in METHODS else 1
+            for rho, percent in zip(radii, 100 * share[i], strict=True):
+                ahead = percent - base
+                error = ahead.std(ddof=1) / np.sqrt(len(ahead)) if len(ahead) > 1 else np.nan
+                table.add_row(
+                    f"{decay:g}",
+                    name,
+                    f"{gradients * args.epochs * STEPS}",
+                    f"{rho:g}" if rho else "-",
+                    f"{percent.mean():.1f} ± {percent.std():.1f}",
+                    f"{ahead.mean():+.1f} ± {error:.1f}" if rho else "",
+                )
+    return table
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Train, print the table, write the figure; radii and accuracies by method."""
+def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, Sweep]]:
+    """Train, print the tables, write the figure; radii and accuracies by label noise and method."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--label-noise", type=float, default=0.4)
+    parser.add_argument("--label-noise", type=float, nargs="+", default=[0.4])
+    parser.add_argument("--weight-decay", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--radii", type=float, nargs="+", default=list(RADII))
     parser.add_argument("--output", type=Path, default=Path("rho_sweep.png"))
     args = parser.parse_args(argv)
 
-    # At radius 0, every method is its base optimizer.
-    base = sweep(METHODS["single_step_sam"], jnp.zeros(1), args)[0]
-    table = Table("method", "gradients", "rho", "test accuracy %", "seconds")
-    results, steps = {}, args.epochs * STEPS
-
-    def row(name, gradients, rho, found, seconds=""):
-        cells = f"{100 * found.mean():.1f} ± {100 * found.std():.1f}"
-        table.add_row(name, f"{gradients * steps}", rho, cells, seconds)
-
-    row("base optimizer", 1, "-", base)
-    for name, method in METHODS.items():
-        start = time.perf_counter()
-        radii = method.factor * np.array(args.radii, np.float32)
-        results[name] = (radii, sweep(method, jnp.asarray(radii), args))
-        seconds = f"{time.perf_counter() - start:.0f}"
-        for rho, found in zip(*results[name], strict=True):
-            row(name, method.gradients, f"{rho:g}", found, seconds)
-            seconds = ""
-    Console(width=80).print(table)
-    draw(results, base, args)
+    results = {}
+    for noise in args.label_noise:
+        # At radius 0, every method is its base optimizer.
+        zero = np.zeros(1, np.float32)
+        base = sweep(METHODS["single_step_sam"], jnp.asarray(zero), noise, args)
+        results[noise] = {"base optimizer": Sweep(zero, base)}
+        for name, method in METHODS.items():
+            radii = method.factor * np.array(args.radii, np.float32)
+            results[noise][name] = Sweep(radii, sweep(method, jnp.asarray(radii), noise, args))
+        Console(width=100).print(table_of(results[noise], noise, args))
+    draw(results, args)
     print(f"Accuracy over the radius: {args.output}")
     return results
 
