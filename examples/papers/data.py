@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    """Images ``uint8[n, height, width, channels]`` and labels ``int32[n]``."""
+    """Images ``uint8[n, height, width, channels]``, or their paths, and labels ``int32[n]``."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -149,12 +149,42 @@ def _digits(data_dir: str | None) -> tuple[Split, Split]:
     return whole.take(order[360:]), whole.take(order[:360])
 
 
+def _image_folder(data_dir: str | None) -> tuple[Split, Split]:
+    """Paths of ``train/CLASS/*`` and ``val/CLASS/*``; labels are positions of sorted classes."""
+    if data_dir is None:
+        raise DataError(
+            "image-folder: pass --data-dir, the directory that holds train/CLASS/*.jpg and val/"
+        )
+    root = pathlib.Path(data_dir)
+    classes: list[str] = []
+
+    def read(part):
+        folder = root / part
+        found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        if not found or classes and found != classes:
+            what = f"the {len(classes)} classes of train" if classes else "a folder for each class"
+            raise DataError(f"image-folder: expected {what} in {folder}, found {len(found)}")
+        classes[:] = found
+        paths, labels = [], []
+        for label, name in enumerate(found):
+            kinds = (".jpg", ".jpeg", ".png")
+            here = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in kinds)
+            if not here:
+                raise DataError(f"image-folder: no .jpg, .jpeg or .png in {folder / name}")
+            paths += map(str, here)
+            labels += [label] * len(here)
+        return Split(np.array(paths), np.array(labels, np.int32))
+
+    return read("train"), read("val")
+
+
 _LOADERS: dict[str, tuple[int, Callable[[str | None], tuple[Split, Split]]]] = {
     "digits": (10, _digits),
     "mnist": (10, _idx("mnist", ("mnist", "MNIST"))),
     "fashion-mnist": (10, _idx("fashion-mnist", ("fashion-mnist", "FashionMNIST"))),
     "cifar10": (10, _cifar10),
     "cifar100": (100, _cifar100),
+    "image-folder": (0, _image_folder),  # as many classes as folders
 }
 
 NAMES = tuple(_LOADERS)
@@ -227,6 +257,7 @@ def load(
         )
     num_classes, loader = _LOADERS[name]
     train, test = loader(data_dir)
+    num_classes = num_classes or int(train.labels.max()) + 1
     order = np.random.default_rng([seed, 0]).permutation(len(train.labels))
     train = train.take(order[: subset or None])
     test = test.take(slice(subset or None))
@@ -306,6 +337,10 @@ class Augmentation(NamedTuple):
 
 def augmentation(train: Split, names: tuple[str, ...] = (), cutout_size: int = 16) -> Augmentation:
     """`Augmentation` with the mean and the standard deviation of a training set."""
+    if train.images.ndim == 1:  # Paths. What the usual checkpoints were trained with.
+        names = tuple(name for name in names if name != "resized-crop")
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return Augmentation(mean, std, names, cutout_size)
     unknown = set(names) - {"crop", "flip", "cutout"}
     if unknown:
         raise DataError(f"unknown augmentation {sorted(unknown)}; crop, flip and cutout exist")
