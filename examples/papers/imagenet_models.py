@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from examples.papers.data import DataError
 from examples.papers.models import _Layers, _mean_pool, _scaled
 
 
@@ -112,14 +113,14 @@ def _read(file: pathlib.Path) -> tuple[dict, bool]:
         with ocp.CheckpointManager(folder.absolute()) as manager:
             step = manager.latest_step()
             if step is None:
-                raise ValueError(f"--init-from {file}: no checkpoint of Orbax is in {folder}")
+                raise DataError(f"--init-from {file}: no checkpoint of Orbax is in {folder}")
             args = ocp.args.Composite(state=ocp.args.StandardRestore())
             state = manager.restore(step, args=args).state
         state = state if isinstance(state, dict) else state._asdict()
         names, leaves, _ = _paths((state["params"], state["stats"]))
         return {name[1:]: leaf for name, leaf in zip(names, leaves, strict=True)}, False
     if file.suffix != ".safetensors" or not file.is_file():
-        raise ValueError(
+        raise DataError(
             f"--init-from {file}: expected a .safetensors file or a directory of Orbax; a pickled "
             "file can run any program: convert it where you trust it"
         )
@@ -128,7 +129,9 @@ def _read(file: pathlib.Path) -> tuple[dict, bool]:
     return load_file(file), True
 
 
-def init_from(file: str, params: Any, stats: Any, without: str = "") -> tuple[Any, Any]:
+def init_from(
+    file: str, params: Any, stats: Any, without: str = "", data_dir: str | None = None
+) -> tuple[Any, Any]:
     """Parameters and running statistics out of a checkpoint.
 
     Args:
@@ -136,12 +139,14 @@ def init_from(file: str, params: Any, stats: Any, without: str = "") -> tuple[An
             `train.fit` wrote. Nothing is unpickled.
         params: those of the new model, of which shapes and dtypes count.
         stats: its running statistics.
+        data_dir: where a file is looked for that is not at ``file`` itself.
         without: the module that stays as it is, for another number of classes: ``head``, ``fc``.
 
     Raises:
-        ValueError: with every name that is missing, left over, or of another shape.
+        DataError: with every name that is missing, left over, or of another shape.
     """
-    known, usual = _read(pathlib.Path(file))
+    places = pathlib.Path(file), pathlib.Path(data_dir or ".", file)
+    known, usual = _read(next((p for p in places if p.exists()), places[0]))
     names, leaves, structure = _paths((params, stats))
     wrong, used, out = [], set(), []
     for (_, *path), leaf in zip(names, leaves, strict=True):
@@ -168,5 +173,5 @@ def init_from(file: str, params: Any, stats: Any, without: str = "") -> tuple[An
         if "num_batches_tracked" not in name:  # PyTorch counts; momentum here is constant
             wrong.append(f"{name if isinstance(name, str) else '.'.join(name)}: not in the model")
     if wrong:
-        raise ValueError(f"--init-from {file} does not fit: " + "; ".join(sorted(wrong)))
+        raise DataError(f"--init-from {file} does not fit: " + "; ".join(sorted(wrong)))
     return jax.tree.unflatten(structure, out)

@@ -78,7 +78,7 @@ def _setting(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
-_POSITIVE = ("image_size", "width", "epochs", "batch_size", "groups", "microbatches")
+_POSITIVE = ("width", "epochs", "batch_size", "groups", "microbatches")
 _PARTS = ("perturbation", "surrogate", "policy")
 
 
@@ -95,7 +95,7 @@ class Config:
         "other", "from the other classes, or from any", choices=("other", "any")
     )
     augment: tuple[str, ...] = _setting((), "crop, flip, cutout; of an image-folder resized-crop", type=str)
-    image_size: int = _setting(224, "side of an image-folder's images, in pixels")
+    image_size: int = _setting(0, "side of the model's images; 0: 224 of a folder's, else their own")
     workers: int = _setting(0, "processes that read an image-folder; 0: threads")
     cutout_size: int = _setting(16, "side of the hole, in pixels")
     label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
@@ -323,15 +323,16 @@ class Run:
         self._shared = NamedSharding(mesh, PartitionSpec("batch"))
         self._key = jax.random.key(config.seed + 2)
         self.streams = data.train.images.ndim == 1  # paths
-        if self.streams and config.dataset != "image-folder":
-            raise ValueError("images that are paths belong to an image-folder")
+        self.size = config.image_size or (224 if self.streams else 0)
         scan = jax.default_backend() != "cpu" if scan is None else scan
         self.scan = scan and not self.streams
 
         self._build_model(config, data)
         self.tx = config.optimizer(self.steps_per_epoch)
         self.learning_rate = config.learning_rate_schedule(self.steps_per_epoch)
-        self.augment = data_sets.augmentation(data.train, config.augment, config.cutout_size)
+        self.augment = data_sets.augmentation(
+            data.train, config.augment, config.cutout_size, self.size
+        )
         self.splits = {
             name: tuple(getattr(data, name))
             if self.streams
@@ -341,8 +342,8 @@ class Run:
         self._compile(make_step)
 
     def _build_model(self, config, data):
-        side = config.image_size
-        shape = (side, side, 3) if self.streams else data.train.images.shape[1:]
+        side, channels = self.size, 3 if self.streams else data.train.images.shape[-1]
+        shape = (side, side, channels) if side else data.train.images.shape[1:]
         build = functools.partial(
             models.build, config.model, shape, data.num_classes, width=config.width
         )
@@ -350,7 +351,9 @@ class Run:
         self.graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
         if config.init_from:
             pure = map(nnx.as_pure, (self._params, self._stats))
-            loaded = imagenet_models.init_from(config.init_from, *pure, config.init_without)
+            loaded = imagenet_models.init_from(
+                config.init_from, *pure, config.init_without, config.data_dir
+            )
             self._params, self._stats = loaded
         self.num_parameters = models.num_parameters(model)
         model.eval()
@@ -479,7 +482,7 @@ class Run:
         return folder.stream(
             *self.splits[split],
             config.batch_size,
-            config.image_size,
+            self.size,
             seed=seed,
             crop=crop,
             workers=config.workers,
@@ -517,7 +520,7 @@ class Run:
         """
         images, labels = (x[np.asarray(index)] for x in self.splits["train"])
         if self.streams:
-            images = np.stack([folder.decode(p, self.config.image_size) for p in images])
+            images = np.stack([folder.decode(p, self.size) for p in images])
 
         def loss(params):
             model = nnx.merge(self.exact_graph, params, state.stats, copy=True)
