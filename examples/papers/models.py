@@ -355,7 +355,9 @@ _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
     (
         "resnet50, resnet101, resnet152 (ImageNet)",
         r"resnet(50|101|152)",
-        lambda depth: _imagenet_resnet({50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}.get(depth, (3, 8, 36, 3))),
+        lambda depth: _imagenet_resnet(
+            {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}.get(depth, (3, 8, 36, 3))
+        ),
     ),
     (
         "resnet20, resnet32, resnet56 (6n + 2)",

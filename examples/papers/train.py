@@ -94,8 +94,12 @@ class Config:
     noise_kind: str = _setting(
         "other", "from the other classes, or from any", choices=("other", "any")
     )
-    augment: tuple[str, ...] = _setting((), "crop, flip, cutout; of an image-folder resized-crop", type=str)
-    image_size: int = _setting(0, "side of the model's images; 0: 224 of a folder's, else their own")
+    augment: tuple[str, ...] = _setting(
+        (), "crop, flip, cutout; of an image-folder resized-crop", type=str
+    )
+    image_size: int = _setting(
+        0, "side of the model's images; 0: 224 of a folder's, else their own"
+    )
     workers: int = _setting(0, "processes that read an image-folder; 0: threads")
     cutout_size: int = _setting(16, "side of the hole, in pixels")
     label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
