@@ -76,7 +76,7 @@ class SharpnessInfo(NamedTuple):
     """Scalars about the last step, for people and logs; no step reads them.
 
     Floats are float32 (float64 for float64 parameters). What the last step did not measure is 0;
-    `ascended` tells. With ``info=False``, the norms and the cosine are None.
+    ``ascended`` tells. With ``info=False``, the norms and the cosine are None.
 
     Attributes:
         ascended: bool[], whether a perturbed gradient was computed.

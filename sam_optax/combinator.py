@@ -72,7 +72,7 @@ _MISSING: Any = object()
 
 
 def add_decoupled_term() -> optax.GradientTransformationExtraArgs:
-    r"""Add a surrogate rule's decoupled term to the updates, as `optax.add_decayed_weights` adds
+    r"""Add a surrogate rule's decoupled term to the updates, as ``optax.add_decayed_weights`` adds
     weight decay.
 
     .. math:: u' = u + \mathrm{decoupled}

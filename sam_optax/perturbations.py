@@ -91,7 +91,7 @@ def steepest_ascent(
 
     Args:
         rho: radius of the ball, at least 0, in units of ``eps / t``: those of the parameters for
-            t = 1, relative for t = |w|. A number or a schedule.
+            t = 1, relative for t = ``|w|``. A number or a schedule.
         scale: None for t = 1, or a function from the parameters (in float32 at least, with
             ``optax.MaskedNode()`` for leaves left out by a mask) to the tree t like them.
 
@@ -650,9 +650,9 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
 
     where the brackets are the neighbouring numbers of the parameters' dtype. Chained last. A
     bfloat16 weight has 8 bits: w + eps, rounded to nearest, is w itself for every eps below
-    |w| / 512 or so. Rounded at random, those displacements survive in the mean, and add noise of
-    the size of the rounding. Parameters in float32, cast to bfloat16 inside the loss, need none of
-    it.
+    ``|w|`` / 512 or so. Rounded at random, those displacements survive in the mean, and add noise
+    of the size of the rounding. Parameters in float32, cast to bfloat16 inside the loss, need none
+    of it.
 
     Args:
         key: a PRNG key (typed or legacy uint32). The draw depends on ``key`` and ``step`` alone.
@@ -1041,7 +1041,7 @@ def repeated(
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, ICLR 2021.
 
-    .. note:: Differences. ``sync_period=n`` of `optax.contrib.sam` is ``num_steps=n - 1,
+    .. note:: Differences. ``sync_period=n`` of ``optax.contrib.sam`` is ``num_steps=n - 1,
         reset=True``. For a p without a state, ``reset`` changes nothing; with Adam it does: on the
         two minima of Optax's notebook, the flat one is found with it alone.
     """
@@ -1074,7 +1074,7 @@ def from_where(
               \epsilon_1 = p_1(g, w)
 
     With `gaussian_noise` first, the ascent starts at a random point (R-SAM); the clean gradient is
-    then not used, and `jax.jit` leaves its backward pass out unless something else reads it.
+    then not used, and ``jax.jit`` leaves its backward pass out unless something else reads it.
 
     Args:
         first, then: :math:`p_1, p_2`, any perturbations.

@@ -198,8 +198,8 @@ def linen_step(
         loss_fn: ``loss_fn(params, *args, **kwargs) -> loss``, or ``(loss, aux)``; pure. It may
             close over ``state.apply_fn`` and ``state.batch_stats``.
         *args: the batch, and whatever else the loss takes.
-        has_aux, aux_from, num_groups, num_microbatches, batch_argnums, aux_reduce, skip_nonfinite,
-            loss_scale, extra_args: see the module's docstring.
+        has_aux, aux_from, num_groups, num_microbatches, batch_argnums: see the module's docstring.
+        aux_reduce, skip_nonfinite, loss_scale, extra_args: likewise.
         frozen_collections: fields of the state that are meant to stay as they are, such as
             ``("batch_stats",)`` of a net that is used with ``use_running_average=True``.
         **kwargs: keyword arguments of the loss.
@@ -291,8 +291,8 @@ def nnx_step(
             model it is given, as batch normalization and dropout do, and NNX objects among its
             arguments (``nnx.Rngs``, metrics).
         *args: the batch, and whatever else the loss takes.
-        has_aux, aux_from, num_groups, num_microbatches, batch_argnums, aux_reduce, skip_nonfinite,
-            loss_scale, extra_args: see the module's docstring.
+        has_aux, aux_from, num_groups, num_microbatches, batch_argnums: see the module's docstring.
+        aux_reduce, skip_nonfinite, loss_scale, extra_args: likewise.
         **kwargs: keyword arguments of the loss.
 
     Returns:

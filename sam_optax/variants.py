@@ -157,8 +157,9 @@ def asam(
         base: any Optax transformation; sees the perturbed gradient and the unperturbed parameters.
         rho: radius of the ball in units of eps / t, at least 0 (about ten times SAM's).
         eta: keeps small weights in motion, at least 0, in units of the parameters.
-        adaptive_mask: leaves whose t is |w| + eta: a tree of bools, a prefix of it or a function
-            of the parameters. None: every leaf whose path does not end in ``bias`` or ``b``.
+        adaptive_mask: leaves whose t is ``|w| + eta``: a tree of bools, a prefix of it or a
+            function of the parameters. None: every leaf whose path does not end in ``bias`` or
+            ``b``.
 
     Cost: 2 gradients per step; nothing stored.
     When: as `sam`, and often a little better: 81.7 %, SAM 80.9 and SGD 77.9 for a ResNet-18 on
@@ -178,7 +179,7 @@ def asam(
         Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
     .. note:: Differences. The authors' class defaults to ``eta=0.01``, their CIFAR script to 0. A
-        well-known port takes t = |w| on every leaf: ``eta=0, adaptive_mask=True``; there, their
+        well-known port takes ``t = |w|`` on every leaf: ``eta=0, adaptive_mask=True``; there, their
         best ``rho`` is four times as large.
     """
     return sharpness_aware(base, adaptive_ascent(rho, eta, adaptive_mask), **common)
@@ -442,7 +443,7 @@ def stable_asam(
         Tan et al., `2024 <https://arxiv.org/abs/2401.07250>`_;
         Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
-    .. note:: Differences. The authors' adaptive mode renormalizes by norms scaled with |w|, for
+    .. note:: Differences. The authors' adaptive mode renormalizes by norms scaled with ``|w|``, for
         which `renormalized` has ``scale=``; here they are plain norms, as in Algorithm 1.
     """
     return sharpness_aware(
@@ -542,8 +543,8 @@ def friendly_asam(
         Li et al., `CVPR 2024 <https://arxiv.org/abs/2403.12350>`_;
         Kwon et al., `ICML 2021 <https://arxiv.org/abs/2102.11600>`_.
 
-    .. note:: Differences. As in `friendly_sam`. The adaptive mode of the authors' code has t = |w|
-        on every leaf: ``eta=0, adaptive_mask=True``.
+    .. note:: Differences. As in `friendly_sam`. The adaptive mode of the authors' code has
+        ``t = |w|`` on every leaf: ``eta=0, adaptive_mask=True``.
     """
     return sharpness_aware(
         base,
@@ -1017,7 +1018,7 @@ def xsam(
         rho: radius of the L2 ball, in units of the parameters, at least 0.
         alpha: how far along the arc, at least 0; 1 is SAM. The paper looks for it once an epoch:
             that of 0, 0.1, ..., 2 for which the loss at w plus twice ``rho`` times d's unit vector
-            is largest on one batch. `optax.inject_hyperparams` can change it in a run.
+            is largest on one batch. ``optax.inject_hyperparams`` can change it in a run.
 
     Cost: 2 gradients per step; nothing stored; in a step, up to two copies of the parameters more
     than SAM.
@@ -1222,7 +1223,8 @@ def eigen_sam(
         [ -6.8 -21.4]
 
     References:
-        Luo et al., `NeurIPS 2024 <https://arxiv.org/abs/2501.12666>`_; `authors' code <https://github.com/RitianLuo/EigenSAM>`_.
+        Luo et al., `NeurIPS 2024 <https://arxiv.org/abs/2501.12666>`_;
+        `authors' code <https://github.com/RitianLuo/EigenSAM>`_.
 
     .. note:: Differences. As in the authors' code, eps is not normalized again;
         ``chain(tilt_towards(alpha), steepest_ascent(rho))`` does that. Until it has its first v, at

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs" / "methods" / "library.md").read_text(encoding="utf-8")
 
 
 def load_example(name: str) -> Any:
@@ -20,7 +20,7 @@ def load_example(name: str) -> Any:
     return module
 
 
-def tables(first: str, text: str = README) -> list[dict[str, str]]:
+def tables(first: str, text: str = LIBRARY) -> list[dict[str, str]]:
     """The rows of all tables of a text whose first column has that heading, by heading."""
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith(f"| {first} |")]
@@ -28,7 +28,7 @@ def tables(first: str, text: str = README) -> list[dict[str, str]]:
 
 
 def table(first: str) -> list[dict[str, str]]:
-    """The rows of the README's table whose first column has that heading, by heading."""
+    """The rows of the library's table whose first column has that heading, by heading."""
     return tables(first)
 
 
@@ -46,6 +46,6 @@ def _rows(lines: list[str], start: int) -> list[dict[str, str]]:
     return rows
 
 
-# By name: what the README says about every method.
+# By name: what the page of the library says about every method.
 METHODS = {row["Method"].strip("`"): row for row in table("Method")}
 ONE_GRADIENT = {row["One-gradient method"].strip("`"): row for row in table("One-gradient method")}

@@ -145,7 +145,7 @@ def _digits(data_dir: str | None) -> tuple[Split, Split]:
     # 17 gray levels, spread over a byte.
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     order = np.random.default_rng(0).permutation(len(labels))
-    whole = Split(images, labels.astype(np.int32))
+    whole = Split(images, np.asarray(labels, np.int32))
     return whole.take(order[360:]), whole.take(order[:360])
 
 

@@ -191,7 +191,7 @@ def hessian_top_eigenvalues(
     Cost: ``num_iters + 2`` Hessian-vector products for k = 1, else 2 to k sweeps of ``num_iters``,
     mostly 2, and k more; memory about 2 ``num_iters`` copies of the parameters. Beyond a million
     parameters on a CPU, most of the time goes into re-orthogonalization, which reads
-    4 ``num_iters``^2 copies of them a sweep.
+    ``4 num_iters**2`` copies of them a sweep.
 
     Raises:
         ImportError: matfree is missing.

@@ -1,4 +1,4 @@
-"""What a step costs, by XLA's own analysis: each method is held to the README's table."""
+"""What a step costs, by XLA's own analysis: each method is held to the library's table."""
 
 import functools
 import itertools

@@ -844,7 +844,7 @@ class State(TrainState):
 @both_ways
 @pytest.mark.parametrize("name", repository.ONE_GRADIENT)
 def test_what_is_stored(name, in_place):
-    """As the README says, in copies of the parameters."""
+    """As the library's table says, in copies of the parameters."""
     words = {"one copy": 1, "one copy of the parameters": 1, "two copies": 2}
     args = (KEY,) if name == "random_weight_perturbation" else ()
     params = {"kernel": jnp.ones((50, 20), jnp.bfloat16), "bias": jnp.ones(20)}

@@ -1,4 +1,4 @@
-"""The page of the field says what the library has, at the README's price."""
+"""The page of the field says what the library has, at the price that its own page says."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_every_method_has_one_row():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["Name"])
 def test_rows(row):
-    """A name at the README's price, an expression that builds, or why not."""
+    """A name at its price, an expression that builds, or why not."""
     here = row["Here"]
     name = re.fullmatch(r"`(\w+)`", here)
     if here.startswith("not here: ") or (name is None and not here.startswith("`sharpness_aware(")):

@@ -1,4 +1,4 @@
-"""What is public is exported, and in the README."""
+"""What is public is exported, and shown."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ import pytest
 import sam_optax
 from sam_optax import combinator, perturbations, policies, surrogates, training, variants
 from tests.oracles.rows import METHODS
-from tests.repository import README
+from tests.repository import ROOT
 
 EXPORTED = {name: getattr(sam_optax, name) for name in sam_optax.__all__}
 MODULES = [module for module in EXPORTED.values() if isinstance(module, types.ModuleType)]
@@ -49,5 +49,7 @@ def test_method_takes_the_common_keywords(name):
 
 
 @pytest.mark.parametrize("module", [perturbations, surrogates, policies, training])
-def test_parts_and_steps_are_in_the_readme(module):
-    assert [name for name in functions(module) if not re.search(rf"\b{name}\b", README)] == []
+def test_parts_and_steps_are_shown(module):
+    paths = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert [name for name in functions(module) if not re.search(rf"\b{name}\b", text)] == []

@@ -1,4 +1,4 @@
-"""The README's method table says what the code does: it is evaluated, row by row."""
+"""The table of the library's methods says what the code does: it is evaluated, row by row."""
 
 import functools
 import inspect
