@@ -5,7 +5,6 @@ Grain iterator over one epoch of it: what it yields is a function of the seed al
 number of workers, and its ``get_state`` and ``set_state`` stop and go on between any two batches.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def _part(width: int, height: int, rng: np.random.Generator):
 
 
 def stream(
-    paths: Sequence[str],
+    paths: Any,
     labels: np.ndarray,
     batch_size: int,
     size: int,
@@ -58,7 +57,7 @@ def stream(
     """A Grain iterator over ``(uint8[b, size, size, 3], int32[b])``.
 
     Args:
-        paths: of the images.
+        paths: of the images, an array or a list.
         labels: ``int32[n]``.
         batch_size: b; shuffled, what is left over is dropped, else the last batch is smaller.
         size: of the images' sides, in pixels.

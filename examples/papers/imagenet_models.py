@@ -36,7 +36,7 @@ class _Bottleneck(nnx.Module):
 
 
 class ImageNetResNet(nnx.Module):
-    """He et al.'s bottleneck ResNet, with the stride in the 3 x 3 convolutions, as torchvision's."""
+    """He et al.'s bottleneck ResNet, the stride in the 3 x 3 convolutions as torchvision's."""
 
     def __init__(self, shape, num_classes, rngs, dtype, width=1.0, *, blocks):
         make = _Layers(rngs, dtype)
