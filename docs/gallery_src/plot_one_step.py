@@ -3,8 +3,8 @@ A few steps, slowly
 ===================
 
 Six methods on a valley: the parameters w (blue), the point w + eps where the perturbed gradient is
-taken (orange), and where the base optimizer goes from there (black). S2-SAM and Momentum-SAM have one
-gradient a step: the gradient before, and the momentum, say where they look.
+taken (orange), and where the base optimizer goes from there (black). S2-SAM and Momentum-SAM have
+one gradient a step: the gradient before, and the momentum, say where they look.
 """
 
 import jax
