@@ -3,8 +3,8 @@ Which minimum?
 ==============
 
 The landscape of the WSAM paper (Yue et al. 2023, Section 4.2) has a sharp minimum, which is the
-lower one, and a flat one. Every pixel is a start, coloured by where a method ends from it, after 150
-steps of SGD with momentum 0.9 and learning rate 5. "Neither" is further than 3 from both.
+lower one, and a flat one. Every pixel is a start, coloured by where a method ends from it, after
+150 steps of SGD with momentum 0.9 and learning rate 5. "Neither" is further than 3 from both.
 """
 
 import jax

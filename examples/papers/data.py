@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    """Images ``uint8[n, height, width, channels]`` and labels ``int32[n]``."""
+    """Images ``uint8[n, height, width, channels]``, or their paths, and labels ``int32[n]``."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -149,12 +149,51 @@ def _digits(data_dir: str | None) -> tuple[Split, Split]:
     return whole.take(order[360:]), whole.take(order[:360])
 
 
+def _image_folder(name: str) -> Callable[[str | None], tuple[Split, Split]]:
+    """Paths of ``train/CLASS/*`` and ``val/CLASS/*``; labels are positions of sorted classes."""
+
+    def load(data_dir):
+        if data_dir is None:
+            raise DataError(f"{name}: pass --data-dir, the directory that holds {name}/train/CLASS")
+        root = pathlib.Path(data_dir)
+        root = root / name if (root / name).is_dir() else root
+        classes = _class_names(name, root / "train")
+        if (others := _class_names(name, root / "val")) != classes:
+            differ = ", ".join(sorted(set(classes) ^ set(others))[:5])
+            raise DataError(f"{name}: train and val in {root} differ in the classes {differ}")
+        return tuple(_list_images(name, root / part, classes) for part in ("train", "val"))
+
+    return load
+
+
+def _class_names(name: str, folder: pathlib.Path) -> list[str]:
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not found:
+        raise DataError(f"{name}: expected a folder for each class in {folder}, found none")
+    return found
+
+
+def _list_images(name: str, folder: pathlib.Path, classes: list[str]) -> Split:
+    paths, labels, kinds = [], [], (".jpg", ".jpeg", ".png")
+    for label, kind in enumerate(classes):
+        here = sorted(p for p in (folder / kind).iterdir() if p.suffix.lower() in kinds)
+        if not here:
+            raise DataError(f"{name}: no .jpg, .jpeg or .png in {folder / kind}")
+        paths += map(str, here)
+        labels += [label] * len(here)
+    return Split(np.array(paths), np.array(labels, np.int32))
+
+
+FOLDERS = ("image-folder", "imagenet", "stanford-cars", "oxford-pets", "flowers102")
+"""Data sets that are a folder per class; their images are read while training."""
+
 _LOADERS: dict[str, tuple[int, Callable[[str | None], tuple[Split, Split]]]] = {
     "digits": (10, _digits),
     "mnist": (10, _idx("mnist", ("mnist", "MNIST"))),
     "fashion-mnist": (10, _idx("fashion-mnist", ("fashion-mnist", "FashionMNIST"))),
     "cifar10": (10, _cifar10),
     "cifar100": (100, _cifar100),
+    **{name: (0, _image_folder(name)) for name in FOLDERS},  # as many classes as folders
 }
 
 NAMES = tuple(_LOADERS)
@@ -227,6 +266,7 @@ def load(
         )
     num_classes, loader = _LOADERS[name]
     train, test = loader(data_dir)
+    num_classes = num_classes or int(train.labels.max()) + 1
     order = np.random.default_rng([seed, 0]).permutation(len(train.labels))
     train = train.take(order[: subset or None])
     test = test.take(slice(subset or None))
@@ -279,17 +319,23 @@ class Augmentation(NamedTuple):
         std: per channel.
         names: which of ``crop``, ``flip`` and ``cutout`` to apply to training batches.
         cutout_size: side of the square, in pixels.
+        size: side to which images are resized; 0: they stay as they are.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     names: tuple[str, ...] = ()
     cutout_size: int = 16
+    size: int = 0
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Float32 images of mean 0 and variance 1 per channel, over the training set."""
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
-        return (images.astype(jnp.float32) / 255 - mean) / std
+        images = (images.astype(jnp.float32) / 255 - mean) / std
+        if not self.size:
+            return images
+        shape = (len(images), self.size, self.size, images.shape[-1])
+        return jax.image.resize(images, shape, "bilinear")
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Augment and normalize a training batch."""
@@ -304,11 +350,18 @@ class Augmentation(NamedTuple):
         return cutout(keys[2], images, self.cutout_size) if "cutout" in self.names else images
 
 
-def augmentation(train: Split, names: tuple[str, ...] = (), cutout_size: int = 16) -> Augmentation:
-    """`Augmentation` with the mean and the standard deviation of a training set."""
-    unknown = set(names) - {"crop", "flip", "cutout"}
-    if unknown:
-        raise DataError(f"unknown augmentation {sorted(unknown)}; crop, flip and cutout exist")
+def augmentation(
+    train: Split, names: tuple[str, ...] = (), cutout_size: int = 16, size: int = 0
+) -> Augmentation:
+    """`Augmentation` with the mean and the standard deviation of a training set, or ImageNet's."""
+    paths = train.images.ndim == 1
+    known = ("crop", "flip", "cutout", *(("resized-crop",) if paths else ()))
+    if unknown := set(names) - {*known}:
+        raise DataError(f"unknown augmentation {sorted(unknown)}; {', '.join(known)} exist")
+    if paths:  # Cropped where they are read; normalized as the usual checkpoints were trained.
+        names = tuple(name for name in names if name != "resized-crop")
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return Augmentation(mean, std, names, cutout_size)
     # From histograms: exact, and without a float copy of the data set.
     counts = [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(train.images, -1, 0)]
     share = np.stack(counts) / train.images[..., 0].size
@@ -316,4 +369,5 @@ def augmentation(train: Split, names: tuple[str, ...] = (), cutout_size: int = 1
     mean = share @ level
     std = np.sqrt(share @ level**2 - mean**2)
     std = np.where(std > 0, std, 1)
-    return Augmentation(tuple(mean.tolist()), tuple(std.tolist()), tuple(names), cutout_size)
+    mean, std = tuple(mean.tolist()), tuple(std.tolist())
+    return Augmentation(mean, std, tuple(names), cutout_size, size)

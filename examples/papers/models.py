@@ -299,7 +299,7 @@ class _Block(nnx.Module):
 
     def __call__(self, x):
         x = x + self.attention(self.norm1(x))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x)), approximate=False))
 
 
 class ViT(nnx.Module):
@@ -309,8 +309,8 @@ class ViT(nnx.Module):
         self, shape, num_classes, rngs, dtype, width=1.0, *, patch, dim=384, depth=12, heads=6
     ):
         make = _Layers(rngs, dtype)
-        heads = max(1, round(heads * width))
-        dim = dim // 6 * heads
+        each, heads = dim // heads, max(1, round(heads * width))
+        dim = each * heads
         tokens = (shape[0] // patch) * (shape[1] // patch) + 1
         self.patches = nnx.Conv(
             shape[2], dim, (patch, patch), strides=patch, padding="VALID", dtype=dtype, rngs=rngs
@@ -334,6 +334,13 @@ class ViT(nnx.Module):
 
 # --- By name --------------------------------------------------------------------------------------
 
+
+def _imagenet_resnet(blocks):
+    from examples.papers import imagenet_models  # It builds on this module.
+
+    return functools.partial(imagenet_models.ImageNetResNet, blocks=blocks)
+
+
 _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
     ("mlp", r"mlp", lambda: MLP),
     ("lenet", r"lenet", lambda: LeNet),
@@ -343,6 +350,13 @@ _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
         r"resnet18",
         lambda: functools.partial(
             ResNet, stem=64, channels=(64, 128, 256, 512), blocks=2, unit=_Basic
+        ),
+    ),
+    (
+        "resnet50, resnet101, resnet152 (ImageNet)",
+        r"resnet(50|101|152)",
+        lambda depth: _imagenet_resnet(
+            {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}.get(depth, (3, 8, 36, 3))
         ),
     ),
     (
@@ -374,6 +388,8 @@ _PATTERNS: Sequence[tuple[str, str, Callable[..., Callable]]] = (
         lambda depth, alpha: functools.partial(PyramidNet, depth=depth, alpha=alpha),
     ),
     ("vit-s4 (vit-s<patch>)", r"vit-s(\d+)", lambda patch: functools.partial(ViT, patch=patch)),
+    ("deit-s", r"deit-s", lambda: functools.partial(ViT, patch=16)),
+    ("deit-b", r"deit-b", lambda: functools.partial(ViT, patch=16, dim=768, heads=12)),
     (
         "vit-s4-d12 (vit-s<patch>-d<depth>)",
         r"vit-s(\d+)-d(\d+)",

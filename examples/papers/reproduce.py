@@ -134,6 +134,8 @@ def _scaled(settings: dict, job: Job) -> dict:
     out = out | override
     out["model"] = scale.get("models", {}).get(out["model"], out["model"])
     out["dataset"] = dict(job.args.replace).get(out["dataset"], out["dataset"])
+    if out["dataset"] not in data_sets.FOLDERS:  # Where images are no files, none is cut from one.
+        out["augment"] = [name for name in out.get("augment", []) if name != "resized-crop"]
     accelerated = jax.default_backend() != "cpu"
     out.setdefault("dtype", job.args.dtype or ("bfloat16" if accelerated else "float32"))
     return out

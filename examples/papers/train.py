@@ -53,7 +53,7 @@ import statistics
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +67,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.papers import data as data_sets
-from examples.papers import methods, models
+from examples.papers import folder, imagenet_models, methods, models
 from sam_optax import diagnostics
 from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradient_step
 
@@ -94,12 +94,21 @@ class Config:
     noise_kind: str = _setting(
         "other", "from the other classes, or from any", choices=("other", "any")
     )
-    augment: tuple[str, ...] = _setting((), "crop, flip, cutout", type=str)
+    augment: tuple[str, ...] = _setting(
+        (), "crop, flip, cutout; of an image-folder resized-crop", type=str
+    )
+    image_size: int = _setting(
+        0, "side of the model's images; 0: 224 of a folder's, else their own"
+    )
+    workers: int = _setting(0, "processes that read an image-folder; 0: threads")
     cutout_size: int = _setting(16, "side of the hole, in pixels")
     label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
 
     model: str = _setting("mlp", "; ".join(models.NAMES))
     width: float = _setting(1.0, "factor on the model's numbers of channels")
+    init_from: str = _setting("", "checkpoint to start from: .safetensors, or Orbax's directory")
+    init_without: str = _setting("", "module that starts anew, for other classes: head, fc")
+    ema: float = _setting(0.0, "decay of an average of the model that is evaluated; 0: none")
     dtype: str = _setting("float32", "of the computation", choices=("float32", "bfloat16"))
 
     method: str = _setting("sam", ", ".join((*methods.METHODS, "composition")))
@@ -225,11 +234,15 @@ class Config:
 
 
 class State(NamedTuple):
-    """All that training changes: parameters, running statistics, the optimizer's state."""
+    """All that training changes: parameters, running statistics, the optimizer's state.
+
+    With ``ema``, also the running average of parameters and statistics, which is evaluated.
+    """
 
     params: Any
     stats: Any
     opt_state: Any
+    average: Any = ()
 
 
 _SCALARS = (
@@ -313,25 +326,39 @@ class Run:
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._shared = NamedSharding(mesh, PartitionSpec("batch"))
         self._key = jax.random.key(config.seed + 2)
-        self.scan = jax.default_backend() != "cpu" if scan is None else scan
+        self.streams = data.train.images.ndim == 1  # paths
+        self.size = config.image_size or (224 if self.streams else 0)
+        scan = jax.default_backend() != "cpu" if scan is None else scan
+        self.scan = scan and not self.streams
 
         self._build_model(config, data)
         self.tx = config.optimizer(self.steps_per_epoch)
         self.learning_rate = config.learning_rate_schedule(self.steps_per_epoch)
-        self.augment = data_sets.augmentation(data.train, config.augment, config.cutout_size)
+        self.augment = data_sets.augmentation(
+            data.train, config.augment, config.cutout_size, self.size
+        )
         self.splits = {
-            name: jax.device_put(tuple(getattr(data, name)), self.everywhere)
+            name: tuple(getattr(data, name))
+            if self.streams
+            else jax.device_put(tuple(getattr(data, name)), self.everywhere)
             for name in ("train", "validation", "test")
         }
         self._compile(make_step)
 
     def _build_model(self, config, data):
-        shape = data.train.images.shape[1:]
+        side, channels = self.size, 3 if self.streams else data.train.images.shape[-1]
+        shape = (side, side, channels) if side else data.train.images.shape[1:]
         build = functools.partial(
             models.build, config.model, shape, data.num_classes, width=config.width
         )
         model = build(rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
         self.graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
+        if config.init_from:
+            pure = map(nnx.as_pure, (self._params, self._stats))
+            loaded = imagenet_models.init_from(
+                config.init_from, *pure, config.init_without, config.data_dir
+            )
+            self._params, self._stats = loaded
         self.num_parameters = models.num_parameters(model)
         model.eval()
         self.eval_graph = nnx.split(model)[0]
@@ -381,7 +408,14 @@ class Run:
             measured = {name: getattr(metrics, name) for name in _SCALARS}
             scalars = {name: x for name, x in measured.items() if x is not None}
             scalars["accuracy"] = metrics.aux["accuracy"]
-            return State(params, metrics.aux["stats"], opt_state), scalars
+            stats, average = metrics.aux["stats"], state.average
+            if config.ema:
+                average = average_with((params, stats), average)
+            return State(params, stats, opt_state, average), scalars
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def average_with(new, average):
+            return optax.incremental_update(new, average, 1 - config.ema)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def whole_epoch(state, images, labels, index, first):
@@ -398,7 +432,8 @@ class Run:
         """The state before the first step."""
         params, stats = map(nnx.as_pure, (self._params, self._stats))
         # A copy: `epoch` donates the state, and a run may start more than once.
-        state = jax.tree.map(jnp.copy, State(params, stats, self.tx.init(params)))
+        average = (params, stats) if self.config.ema else ()
+        state = jax.tree.map(jnp.copy, State(params, stats, self.tx.init(params), average))
         return jax.device_put(state, self.everywhere)
 
     def batch(self, index: Any, count: Any = 0) -> tuple[jax.Array, jax.Array]:
@@ -428,12 +463,34 @@ class Run:
             state, scalars = self._whole_epoch(state, *self.splits["train"], index, first)
             return state, jax.device_get(scalars)
         rows = []
-        for i, here in enumerate(np.asarray(index)):
-            state, scalars = self._advance(state, *self.batch(here, first + i))
+        batches = self._stream("train", epoch) if self.streams else np.asarray(index)
+        for i, here in enumerate(batches):
+            if self.streams:
+                at = (np.arange(self.config.batch_size), first + i)
+                batch = _batch(self.augment, self._shared, self._key, *here, *at)
+            else:
+                batch = self.batch(here, first + i)
+            state, scalars = self._advance(state, *batch)
             rows.append(scalars)
             on_step(i, scalars)
         rows = jax.device_get(rows)
         return state, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def _stream(self, split: str, epoch: int | None = None) -> Iterator:
+        """Batches of an image-folder: an epoch of training, or all in order."""
+        config = self.config
+        seed, crop = None, False
+        if epoch is not None:
+            seed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1)[0])
+            crop = "resized-crop" in config.augment
+        return folder.stream(
+            *self.splits[split],
+            config.batch_size,
+            self.size,
+            seed=seed,
+            crop=crop,
+            workers=config.workers,
+        )
 
     def evaluate(self, state: State, split: str) -> tuple[float, float]:
         """Mean cross-entropy and accuracy on ``train``, ``validation`` or ``test``."""
@@ -443,10 +500,20 @@ class Run:
             return float("nan"), float("nan")
         size = -(-min(n, 1000) // self.config.batch_size) * self.config.batch_size
         where, sums = (self.eval_graph, self.augment, self._shared), []
+        params, stats = state.average or (state.params, state.stats)
+        if self.streams:
+            at = np.arange(self.config.batch_size)
+            for images, labels in self._stream(split):
+                m = len(labels)
+                rows = np.minimum(at, m - 1)
+                batch = (images[rows], labels[rows], at, at < m)
+                sums.append(_evaluate(*where, params, stats, *batch))
+            total = np.sum(jax.device_get(sums), axis=0)
+            return float(total[0] / n), float(total[1] / n)
         for first in range(0, n, size):
             at = np.arange(first, first + size)
             batch = (images, labels, np.minimum(at, n - 1), at < n)
-            sums.append(_evaluate(*where, state.params, state.stats, *batch))
+            sums.append(_evaluate(*where, params, stats, *batch))
         total = np.sum(jax.device_get(sums), axis=0)
         return float(total[0] / n), float(total[1] / n)
 
@@ -455,7 +522,9 @@ class Run:
 
         In float32, without augmentation, with the running statistics of batch normalization.
         """
-        images, labels = (x[jnp.asarray(index)] for x in self.splits["train"])
+        images, labels = (x[np.asarray(index)] for x in self.splits["train"])
+        if self.streams:
+            images = np.stack([folder.decode(p, self.size) for p in images])
 
         def loss(params):
             model = nnx.merge(self.exact_graph, params, state.stats, copy=True)
@@ -634,7 +703,7 @@ def check_directory(out: pathlib.Path, config: Config, resume: bool) -> None:
         raise ValueError(f"{out} holds a run; pass --resume to go on with it")
     before, now = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
     for name in now:
-        if name not in ("data_dir", "devices") and before.get(name) != now[name]:
+        if name not in ("data_dir", "devices", "workers") and before.get(name) != now[name]:
             raise ValueError(
                 f"{out} was run with {name} = {before.get(name)!r}, not {now[name]!r}; resume with "
                 "the same settings, or choose another --out"

@@ -115,8 +115,8 @@ def test_wrong_files(tmp_path):
         data_sets.load("mnist", str(path))
     with pytest.raises(data_sets.DataError, match="pass --data-dir"):
         data_sets.load("cifar100")
-    with pytest.raises(data_sets.DataError, match="unknown data set 'imagenet'"):
-        data_sets.load("imagenet")
+    with pytest.raises(data_sets.DataError, match="unknown data set 'svhn'"):
+        data_sets.load("svhn")
 
 
 def test_digits():
