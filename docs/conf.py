@@ -26,7 +26,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
-    # GALLERY
+    "sphinx_gallery.gen_gallery",
 ]
 # autosummary writes its pages with the first suffix: with Markdown first they would show as text.
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
@@ -80,7 +80,10 @@ html_title = "sam_optax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "show_prev_next": False,
+    "secondary_sidebar_items": ["page-toc"],
+}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 mathjax_path = "mathjax/tex-chtml.js"
@@ -125,6 +128,20 @@ def read(app, docname, source):
         source[0] = LINK.sub(link, source[0])
 
 
+def apart(app, what, name, obj, options, lines):
+    """Cost, When and Reduces to: a paragraph each, with its name in bold."""
+    labels = re.compile(r"(Cost|When|Reduces to): ")
+    for i in reversed(range(len(lines))):
+        if labels.match(lines[i]):
+            lines[i : i + 1] = ["", labels.sub(r"**\1:** ", lines[i], count=1)]
+
+
+def short(app, what, name, obj, options, signature, returns):
+    """An alias in a union by its name alone."""
+    pattern = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
+    return pattern.sub(r"\1", signature or "") or None, pattern.sub(r"\1", returns or "") or None
+
+
 def copy_mathjax(app, error):
     """Formulas without a network: MathJax's one file and its fonts."""
     if error is None and app.builder.format == "html":
@@ -141,5 +158,7 @@ def copy_mathjax(app, error):
 
 def setup(app):
     """Sphinx calls it."""
+    app.connect("autodoc-process-docstring", apart, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", short)
     app.connect("source-read", read)
     app.connect("build-finished", copy_mathjax)
