@@ -161,7 +161,10 @@ def _image_folder(name: str) -> Callable[[str | None], tuple[Split, Split]]:
         if (others := _class_names(name, root / "val")) != classes:
             differ = ", ".join(sorted(set(classes) ^ set(others))[:5])
             raise DataError(f"{name}: train and val in {root} differ in the classes {differ}")
-        return tuple(_list_images(name, root / part, classes) for part in ("train", "val"))
+        return (
+            _list_images(name, root / "train", classes),
+            _list_images(name, root / "val", classes),
+        )
 
     return load
 

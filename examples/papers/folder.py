@@ -77,5 +77,9 @@ def stream(
     items = items.random_map(read) if crop else items.map(read)
     batches = items.batch(batch_size, drop_remainder=seed is not None).to_iter_dataset()
     if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain asks absl's, which no program here has parsed.
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(batches)

@@ -42,18 +42,21 @@ class ImageNetResNet(nnx.Module):
         make = _Layers(rngs, dtype)
         inputs, *inner = _scaled(width, 64, 64, 128, 256, 512)
         self.conv1, self.bn1 = make.conv(shape[2], inputs, 7, 2), make.norm(inputs)
+        stages = []
         for stage, (channels, count) in enumerate(zip(inner, blocks, strict=True)):
             units = []
             for block in range(count):
                 stride = 2 if stage and not block else 1
                 units.append(_Bottleneck(make, inputs, channels, 4 * channels, stride))
                 inputs = 4 * channels
-            setattr(self, f"layer{stage + 1}", nnx.List(units))
+            stages.append(nnx.List(units))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = make.dense(inputs, num_classes)
 
     def __call__(self, x):
         x = nnx.relu(self.bn1(self.conv1(x)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        border: Any = ((1, 1), (1, 1))  # nnx says str, and takes this too
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=border)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for unit in stage:
                 x = unit(x)

@@ -215,7 +215,7 @@ def config_of(cell: Cell, seed: int, job: Job) -> train.Config:
 def _path(store: pathlib.Path, config: train.Config, more: Any) -> pathlib.Path:
     """Where a run's result is kept: the name says what it is, and a hash of everything."""
     settings = dataclasses.asdict(config)
-    for name in ("data_dir", "devices"):
+    for name in ("data_dir", "devices", "workers"):
         settings.pop(name)
     text = json.dumps([settings, more], sort_keys=True)
     key = hashlib.sha1(text.encode()).hexdigest()[:12]

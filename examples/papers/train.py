@@ -108,7 +108,7 @@ class Config:
     width: float = _setting(1.0, "factor on the model's numbers of channels")
     init_from: str = _setting("", "checkpoint to start from: .safetensors, or Orbax's directory")
     init_without: str = _setting("", "module that starts anew, for other classes: head, fc")
-    ema: float = _setting(0.0, "decay of an average of the model that is evaluated; 0: none")
+    model_ema: float = _setting(0.0, "decay of an average of the model that is evaluated; 0: none")
     dtype: str = _setting("float32", "of the computation", choices=("float32", "bfloat16"))
 
     method: str = _setting("sam", ", ".join((*methods.METHODS, "composition")))
@@ -236,7 +236,7 @@ class Config:
 class State(NamedTuple):
     """All that training changes: parameters, running statistics, the optimizer's state.
 
-    With ``ema``, also the running average of parameters and statistics, which is evaluated.
+    With ``model_ema``, also the running average of parameters and statistics, which is evaluated.
     """
 
     params: Any
@@ -409,13 +409,13 @@ class Run:
             scalars = {name: x for name, x in measured.items() if x is not None}
             scalars["accuracy"] = metrics.aux["accuracy"]
             stats, average = metrics.aux["stats"], state.average
-            if config.ema:
+            if config.model_ema:
                 average = average_with((params, stats), average)
             return State(params, stats, opt_state, average), scalars
 
         @functools.partial(jax.jit, donate_argnums=1)
         def average_with(new, average):
-            return optax.incremental_update(new, average, 1 - config.ema)
+            return optax.incremental_update(new, average, 1 - config.model_ema)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def whole_epoch(state, images, labels, index, first):
@@ -432,7 +432,7 @@ class Run:
         """The state before the first step."""
         params, stats = map(nnx.as_pure, (self._params, self._stats))
         # A copy: `epoch` donates the state, and a run may start more than once.
-        average = (params, stats) if self.config.ema else ()
+        average = (params, stats) if self.config.model_ema else ()
         state = jax.tree.map(jnp.copy, State(params, stats, self.tx.init(params), average))
         return jax.device_put(state, self.everywhere)
 
@@ -484,7 +484,8 @@ class Run:
             seed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1)[0])
             crop = "resized-crop" in config.augment
         return folder.stream(
-            *self.splits[split],
+            self.splits[split][0],
+            self.splits[split][1],
             config.batch_size,
             self.size,
             seed=seed,
@@ -524,7 +525,7 @@ class Run:
         """
         images, labels = (x[np.asarray(index)] for x in self.splits["train"])
         if self.streams:
-            images = np.stack([folder.decode(p, self.size) for p in images])
+            images = jnp.stack([folder.decode(p, self.size) for p in images])
 
         def loss(params):
             model = nnx.merge(self.exact_graph, params, state.stats, copy=True)

@@ -202,7 +202,7 @@ def test_folders_that_are_none(images, tmp_path):
 def test_training_averages_resumes_and_starts_from_its_checkpoint(images, tmp_path):
     settings = {"dataset": "image-folder", "data_dir": str(images), "image_size": 6, "width": 0.02}
     settings |= {"batch_size": 8, "epochs": 2, "augment": ["resized-crop", "flip"], "devices": 1}
-    settings |= {"hessian_examples": 0, "ema": 0.5, "weight_decay": 0.0}
+    settings |= {"hessian_examples": 0, "model_ema": 0.5, "weight_decay": 0.0}
     config = train.Config.read(settings)
     run = train.Run(config)
     report = train.fit(config, tmp_path, run=run, show=False)
