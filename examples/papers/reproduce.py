@@ -117,7 +117,7 @@ class Job(NamedTuple):
 
 
 class NoSuchBlock(ValueError):
-    """``--only`` matches nothing; the message is one line for a person."""
+    """``--only`` or ``--rows`` matches nothing; the message is one line for a person."""
 
 
 def _scaled(settings: dict, job: Job) -> dict:
@@ -136,9 +136,14 @@ def _scaled(settings: dict, job: Job) -> dict:
     out["dataset"] = dict(job.args.replace).get(out["dataset"], out["dataset"])
     if out["dataset"] not in data_sets.FOLDERS:  # Where images are no files, none is cut from one.
         out["augment"] = [name for name in out.get("augment", []) if name != "resized-crop"]
-    accelerated = jax.default_backend() != "cpu"
-    out.setdefault("dtype", job.args.dtype or ("bfloat16" if accelerated else "float32"))
+    out.setdefault("dtype", _dtype(job))
     return out
+
+
+def _dtype(job: Job) -> str:
+    """The papers computed in float32; at other scales, accelerators are used for what they are."""
+    fast = jax.default_backend() != "cpu" and job.args.scale != "paper"
+    return job.args.dtype or ("bfloat16" if fast else "float32")
 
 
 def _ends(values: list) -> list:
@@ -172,12 +177,15 @@ def _rows(experiment: dict, block: dict, thin: bool) -> Iterator[dict]:
 
 def cells(job: Job) -> list[Cell]:
     """The cells of an experiment, at the scale of a job."""
-    experiment, found = job.experiment, []
+    experiment, found, labels = job.experiment, [], []
     blocks = experiment.get("blocks", [])
     for block in blocks[: job.scale.get("blocks")]:
-        if job.args.only and not re.search(job.args.only, block["label"]):
+        if job.args.only and not re.fullmatch(job.args.only, block["label"]):
             continue
         rows = list(_rows(experiment, block, "blocks" in job.scale))
+        labels += [row["label"] for row in rows if row["label"] not in labels]
+        if job.args.rows:
+            rows = [row for row in rows if re.fullmatch(job.args.rows, row["label"])]
         limit = experiment.get("smoke_rows") if "blocks" in job.scale else None
         for row in rows[:limit]:
             settings = experiment["settings"] | block.get("settings", {}) | row
@@ -196,10 +204,14 @@ def cells(job: Job) -> list[Cell]:
                     job.scale["probe_batches"] if probe else 0,
                 )
             )
-    if job.args.only and not found:
+    if job.args.only and not labels:
         raise NoSuchBlock(
             f"no block matches {job.args.only!r}; there are "
             + ", ".join(repr(block["label"]) for block in blocks)
+        )
+    if job.args.rows and not found:
+        raise NoSuchBlock(
+            f"no row matches {job.args.rows!r}; there are " + ", ".join(map(repr, labels))
         )
     return found
 
@@ -473,6 +485,8 @@ def _scaled_down(job: Job) -> str:
         notes.append(f"blocks: {scale['blocks']} of {blocks}")
     if job.args.only:
         notes.append(f"blocks that match {job.args.only!r}")
+    if job.args.rows:
+        notes.append(f"rows that match {job.args.rows!r}")
     if "blocks" in scale and "smoke_rows" in experiment:
         notes.append(f"rows: {experiment['smoke_rows']} of each block")
     if "blocks" in scale and ("sweep" in experiment or "grid" in experiment):
@@ -481,7 +495,7 @@ def _scaled_down(job: Job) -> str:
         notes.append(f"full gradients over {scale['full_examples']} training examples")
     notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
     if jax.default_backend() != "cpu" and "override" not in scale:
-        notes.append(f"computed in {job.args.dtype or 'bfloat16'}, parameters in float32")
+        notes.append(f"computed in {_dtype(job)}, parameters in float32")
     return "; ".join(notes)
 
 
@@ -814,7 +828,10 @@ def _parser() -> argparse.ArgumentParser:
             "--seeds", type=train.positive, help="number of seeds, in place of the scale's"
         )
         command.add_argument(
-            "--only", type=regex, metavar="REGEX", help="blocks whose label matches"
+            "--only", type=regex, metavar="REGEX", help="blocks whose whole label matches"
+        )
+        command.add_argument(
+            "--rows", type=regex, metavar="REGEX", help="rows whose whole label matches"
         )
         command.add_argument("--dtype", choices=("float32", "bfloat16"))
         command.add_argument(

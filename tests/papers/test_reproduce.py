@@ -73,12 +73,19 @@ def test_scales():
     ]
     assert (paper[4].settings["gamma"], paper[4].paper) == (0.88, (3.62, 0.10))
     assert smoke[0].settings["dataset"] == "digits"
-    replaced = job_of("wsam-table2", "short", replace=[("cifar100", "cifar10")], only="CIFAR-100")
+    replaced = job_of(
+        "wsam-table2", "short", replace=[("cifar100", "cifar10")], only=".*CIFAR-100.*"
+    )
     assert {c.settings["dataset"] for c in reproduce.cells(replaced)} == {"cifar10"}
     with pytest.raises(
         reproduce.NoSuchBlock, match=r"no block matches 'x'; there are 'ResNet18, C"
     ):
         reproduce.cells(job_of("wsam-table2", only="x"))
+    with pytest.raises(reproduce.NoSuchBlock, match=r"no row matches 'WS'; there are .*'WSAM'"):
+        reproduce.cells(job_of("wsam-table2", rows="WS"))
+    some = reproduce.cells(job_of("wsam-table2", "short", rows="WSAM|SAM"))
+    assert {cell.label for cell in some} == {"WSAM", "SAM"}
+    assert {cell.settings["dtype"] for cell in some} == {"float32"}
 
 
 def test_label_noise_of_the_papers():
@@ -101,7 +108,7 @@ def test_label_noise_of_the_papers():
         ("fsam-fig1", "paper", {}, "scale paper: as published, as far as the paper says"),
         ("stablesam-fig4", "short", {}, "scale short; 25 of 100 rates; 1000 of 10000 starts"),
         ("wsam-fig3", "smoke", {}, "blocks: 1 of 4; the first and the last value of the sweep"),
-        ("wsam-table2", "short", {"only": "18"}, "seeds: 1 of 5; blocks that match '18'"),
+        ("wsam-table2", "short", {"only": ".*18.*"}, "seeds: 1 of 5; blocks that match '.*18.*'"),
     ],
 )  # fmt: skip
 def test_scaled_down(name, scale, changes, line):
@@ -215,7 +222,7 @@ def test_figures(name, tmp_path):
 def test_command_line(capsys, tmp_path):
     assert reproduce.main(["list"]) == 0
     assert "wsam-table2      WSAM, Table 2" in capsys.readouterr().out
-    for wrong in (["--seeds", "0"], ["--only", "["]):
+    for wrong in (["--seeds", "0"], ["--only", "["], ["--rows", "["]):
         with pytest.raises(SystemExit):
             reproduce.main(["wsam-table6", *wrong])
     assert "must be above 0, got 0" in (error := capsys.readouterr().err)
