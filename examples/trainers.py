@@ -238,6 +238,59 @@ def nnx_optimizer():
     )
 
 
+def tunix_peft():
+    """Tunix' ``PeftTrainer`` of a Qwix LoRA: what is perturbed, and trained, is the adapter."""
+    import qwix
+    from flax import nnx
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(3, 8, rngs=rngs)
+            self.last = nnx.Linear(8, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.tanh(self.first(x)))
+
+    def build():
+        provider = qwix.LoraProvider(module_path="first|last", rank=2, alpha=2.0)
+        return qwix.apply_lora_to_model(Net(nnx.Rngs(0)), provider, INPUTS[0], rngs=nnx.Rngs(1))
+
+    def loss_fn(model, x, y):
+        return jnp.mean((model(x) - y) ** 2)
+
+    def train(tx, loss_fn):
+        config = TrainingConfig(eval_every_n_steps=100, max_steps=6, pbar_description=None)
+        trainer = PeftTrainer(build(), tx, config).with_loss_fn(loss_fn)
+        trainer.with_gen_model_input_fn(lambda pair: {"x": pair[0], "y": pair[1]}).train(BATCHES)
+        return trainer
+
+    plain = train(BASE, loss_fn)
+
+    tx = momentum_sam(BASE, rho=RHO, in_place=True)  # <- one gradient
+    trainer = train(tx, loss_fn)
+    held = nnx.state(trainer.model, nnx.LoRAParam)
+    clean = clean_params(held, trainer.optimizer.opt_state)  # <- one gradient
+
+    sharp_loss = nnx_sharpness_aware_loss(loss_fn, METHOD, wrt=nnx.LoRAParam)  # <- loss
+    sharp = train(BASE, sharp_loss)
+
+    def adapter(model):
+        return nnx.as_pure(nnx.state(model, nnx.LoRAParam)), None
+
+    graphdef, params, rest = nnx.split(build(), nnx.LoRAParam, ...)
+
+    def loss(params, _, x, y):
+        return loss_fn(nnx.merge(graphdef, params, rest, copy=True), x, y), None
+
+    return compared(
+        by_hand(loss, nnx.as_pure(params)),
+        unchanged=adapter(plain.model),
+        one_gradient=(nnx.as_pure(clean), None),
+        loss=adapter(sharp.model),
+    )
+
+
 # --- Equinox, Optimistix, Haiku -------------------------------------------------------------------
 
 
@@ -636,6 +689,7 @@ TRAINERS: dict[str, Callable[[], dict[str, tuple[Any, Any]]]] = {
     for trainer in (
         linen_train_state,
         nnx_optimizer,
+        tunix_peft,
         equinox_loop,
         optimistix_minimise,
         haiku_loop,

@@ -12,6 +12,7 @@ from tests.repository import load_example
 example = load_example("trainers")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix calls what Flax deprecates
 @pytest.mark.parametrize("name", example.TRAINERS)
 def test_parameters_are_those_of_a_loop_by_hand(name):
     found = example.TRAINERS[name]()
