@@ -53,7 +53,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_requires_jax_and_optax_alone(wheel):
     head = metadata(wheel)
     requirements = head.get_all("Requires-Dist", [])
-    assert sorted(r for r in requirements if "extra ==" not in r) == ["jax>=0.10", "optax>=0.2.6"]
+    assert sorted(r for r in requirements if "extra ==" not in r) == ["jax>=0.10.2", "optax>=0.2.8"]
     assert set(head.get_all("Provides-Extra", [])) == {
         "clients",
         "diagnostics",
