@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,9 @@ import sam_optax.plots
 
 matplotlib.use("agg")
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import pictures  # noqa: E402
 
 project = "sam_optax"
 author = "The sam_optax authors"
@@ -36,6 +40,10 @@ default_role = "any"  # `sam` links, and a name that is nowhere is a warning
 templates_path = ["_templates"]
 
 autosummary_generate = True
+# The methods' pages have a picture each; the folder is git's to ignore.
+autosummary_context = {
+    "pictures": pictures.draw_all(ROOT / "docs" / "api" / "generated" / "pictures")
+}
 # A page's name is not that of its function, between which `name` could not choose.
 autosummary_filename_map = {
     f"{module.__name__}.{name}": f"{module.__name__}-{name}"

@@ -4,7 +4,7 @@ Spectra before and after
 
 The Hessian's eigenvalues of a small network on the whole of its data, where training begins and
 where SGD and SAM end. All are drawn, 114 of them, since the network is small enough for
-`jax.hessian`; for others there is `sam_optax.diagnostics.hessian_spectrum`.
+``jax.hessian``; for others there is `sam_optax.diagnostics.hessian_spectral_density`.
 """
 
 import jax

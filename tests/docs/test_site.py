@@ -1,8 +1,14 @@
 """The site's sources: every public name and page is in them. `sphinx-build -W` does the rest."""
 
+import functools
+import http.server
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -85,3 +91,47 @@ def test_links_lead_to_files(path):
             assert (path.parent / target).exists() or target.startswith("gallery/"), target
     for target in re.findall(r"```\{literalinclude\} (\S+)", text):
         assert (path.parent / target).exists() or target.startswith("gallery/"), target
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site without its pictures; with them, and strictly, it is built by the main job."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-D", "plot_gallery=0", str(DOCS), str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+    return out
+
+
+def found(site, words):
+    """The addresses that the search page lists; without a browser, those of the index."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if browser is None:
+        index = (site / "searchindex.js").read_text(encoding="utf-8")
+        return index if words.lower() in index.lower() else ""
+    handler = functools.partial(Quiet, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/search.html?q={words}"
+        options = ["--headless", "--no-sandbox", "--virtual-time-budget=10000", "--dump-dom"]
+        page = subprocess.run(
+            [browser, *options, address], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        server.shutdown()
+    return " ".join(re.findall(r'<a href="([^"]*)" data-score', page))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server that says nothing."""
+
+    def log_message(self, *args):
+        pass
+
+
+def test_search_finds_a_method(site):
+    assert "sam_optax-momentum_sam" in found(site, "momentum_sam")
+    assert "sam_optax-momentum_sam" not in found(site, "nosuchmethod")
+
+
+def test_pages_are_built(site):
+    for page in ("index", "getting_started", "choosing", "coming_from_optax", "methods/library"):
+        assert (site / f"{page}.html").stat().st_size > 10_000
