@@ -80,7 +80,8 @@ def test_every_page_is_in_a_table_of_contents():
                 if entry and not entry.startswith(":"):
                     entries.add((path.parent / entry).resolve())
     pages = {path.with_suffix("").resolve() for path in SOURCES} - {(DOCS / "index").resolve()}
-    assert pages <= entries
+    built = {(DOCS / "gallery" / "index").resolve()}
+    assert pages == entries - built
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(DOCS).as_posix())
