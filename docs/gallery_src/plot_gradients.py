@@ -5,8 +5,8 @@ Accuracy against gradients spent
 A small run that this page makes: 300 points of two moons with a fifth of the labels wrong, a
 network of 64 units, 600 steps, five seeds; accuracy on 2,000 clean points at the end, with the
 standard error over seeds. It shows how to compare methods, not which is best: SGD is there twice,
-once with twice the steps, at the price of SAM. Nothing was tuned; LookSAM has its defaults, with an
-old direction in four of five steps.
+once with twice the steps, at the price of SAM. Nothing was tuned; LookSAM takes its second gradient
+at every fifth step.
 """
 
 import jax

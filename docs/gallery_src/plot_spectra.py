@@ -3,8 +3,10 @@ Spectra before and after
 ========================
 
 The Hessian's eigenvalues of a small network on the whole of its data, where training begins and
-where SGD and SAM end. All are drawn, 114 of them, since the network is small enough for
-``jax.hessian``; for others there is `sam_optax.diagnostics.hessian_spectral_density`.
+where SGD and SAM end, at a small radius and at a large one. The small one leaves the largest
+eigenvalue where SGD had it; the large one does not. All are drawn, 114 of them, since the network is
+small enough for ``jax.hessian``; for others there is
+`sam_optax.diagnostics.hessian_spectral_density`.
 """
 
 import jax
@@ -49,11 +51,12 @@ sgd = optax.sgd(0.1, momentum=0.9)
 ends = {
     "before": start,
     "after SGD": train(optax.with_extra_args_support(sgd)),
+    "after SAM, ρ = 0.3": train(so.sam(sgd, rho=0.3)),
     "after SAM, ρ = 1": train(so.sam(sgd, rho=1.0)),
 }
-fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharex=True, sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharex=True, sharey=True, layout="constrained")
 for ax, (name, w), colour in zip(
-    axes, ends.items(), ["#666666", "#d55e00", "#0072b2"], strict=True
+    axes, ends.items(), ["#666666", "#d55e00", "#56b4e9", "#0072b2"], strict=True
 ):
     values = np.asarray(jnp.linalg.eigvalsh(jax.hessian(loss)(w)))
     ax.plot(values[::-1], np.arange(1, len(values) + 1), ".", color=colour, ms=4)
