@@ -182,8 +182,8 @@ class Batch(NamedTuple):
         stacked: Any,
         part: Any,
         whole: Any,
-        size: int,
         *,
+        size: int,
         interleaved: bool,
         reduce: Callable,
     ) -> Any:

@@ -317,7 +317,7 @@ class Plan(NamedTuple):
         size = self.batch.size(args)
         rules = (reduce_output, reduce_state)
         joined = [
-            self.batch.join(*trees, size, interleaved=interleaved, reduce=rule)
+            self.batch.join(*trees, size=size, interleaved=interleaved, reduce=rule)
             for *trees, rule in zip(stacked, one, all_, rules, strict=True)
             if rule is reduce_state or self.aux_reduce is None
         ]

@@ -29,9 +29,12 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import (
+    check_boolean,
+    check_displacement,
     check_like,
     check_params,
     check_parts,
+    check_state,
     find_states,
     hyperparameter,
     in_its_name,
@@ -40,6 +43,7 @@ from sam_optax._checks import (
 )
 from sam_optax._tree import all_finite, cast_like, fill, is_hole, punch, select, shifted, upcast
 from sam_optax._types import OneGradientState, Params, ScalarOrSchedule, SharpnessAwareState
+from sam_optax.bayesian import BayesianState
 from sam_optax.perturbations import gaussian_noise, steepest_ascent
 
 
@@ -74,7 +78,7 @@ class OneGradient(NamedTuple):
         """The state before the first update; nothing in it aliases the parameters."""
         check_params(params, "one_gradient", whole=False)
         base = self.base.init(params)
-        if find_states(base, OneGradientState, SharpnessAwareState):
+        if find_states(base, OneGradientState, SharpnessAwareState, BayesianState):
             raise ValueError(
                 "one_gradient: `base` holds another sharpness-aware or one-gradient method, so "
                 "that the parameters would be displaced twice. Give the base optimizer alone, and "
@@ -88,10 +92,12 @@ class OneGradient(NamedTuple):
         def copy(x):
             return jnp.array(x, dtype=jnp.result_type(x), copy=True)
 
+        perturbation = self.perturbation.init(seen)
+        check_displacement(self.perturbation, perturbation, seen, "one_gradient")
         return OneGradientState(
             step=jnp.zeros((), jnp.int32),
             base=base,
-            perturbation=self.perturbation.init(seen),
+            perturbation=perturbation,
             displacement=None if self.in_place else jax.tree.map(nothing, seen),
             clean=jax.tree.map(copy, seen) if self.in_place else None,
         )
@@ -140,11 +146,7 @@ class OneGradient(NamedTuple):
 
     def _check_state(self, state: Any) -> None:
         """Raise for a state that is another optimizer's, or of the other way to hold w."""
-        if not isinstance(state, OneGradientState):
-            raise TypeError(
-                f"one_gradient: the state is a {type(state).__name__}, not what this optimizer's "
-                "`init(params)` returned. A checkpoint is restored into that."
-            )
+        check_state("one_gradient", state, OneGradientState)
         if self.in_place != (state.clean is not None):
             raise ValueError(
                 f"one_gradient: the state is that of `in_place={not self.in_place}`, and this "
@@ -258,8 +260,7 @@ def one_gradient(
         `single_step_sam`); here it takes any perturbation and any base.
     """
     check_parts("one_gradient", base=base, perturbation=perturbation)
-    if not isinstance(in_place, bool):
-        raise TypeError(f"one_gradient: `in_place` must be True or False, got {in_place!r}.")
+    check_boolean("one_gradient", "in_place", in_place)
     method: Any = OneGradient(
         with_keywords(base), optax.with_extra_args_support(perturbation), mask, in_place
     )

@@ -242,6 +242,11 @@ def linen_step(
         >>> print(state.step, bool(metrics.perturbed_loss > metrics.loss))
         1 True
     """
+    if not (hasattr(state, "tx") and hasattr(state, "opt_state")):
+        raise TypeError(
+            "linen_step: the first argument must be a flax.training.train_state.TrainState, got "
+            f"{type(state).__name__}."
+        )
     plan = plan_for(
         "linen_step",
         state.tx,
@@ -325,6 +330,12 @@ def nnx_step(
         1 True
     """
     nnx = import_nnx("nnx_step")
+    is_one = hasattr(optimizer, "tx") and hasattr(optimizer, "wrt")
+    if not is_one or isinstance(model, nnx.Optimizer):
+        raise TypeError(
+            "nnx_step: the arguments are an nnx.Module, an nnx.Optimizer for it, and the loss; got "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
     plan = plan_for(
         "nnx_step",
         optimizer.tx,
