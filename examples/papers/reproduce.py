@@ -113,7 +113,7 @@ class Job(NamedTuple):
     @property
     def seeds(self) -> int:
         """How many seeds each cell has."""
-        return self.args.seeds or self.scale.get("seeds") or self.experiment["seeds"]
+        return self.args.seeds or self.scale.get("seeds") or self.experiment.get("seeds", 1)
 
 
 class NoSuchBlock(ValueError):

@@ -44,6 +44,7 @@ def test_every_table_and_figure_is_there():
     for name, experiment in reproduce.SETTINGS.items():
         assert experiment["title"] and experiment["source"], name
         assert experiment.get("kind", "table") in reproduce.KINDS
+        assert job_of(name, "paper").seeds >= 1
 
 
 @pytest.mark.parametrize("scale", reproduce.SCALES)
