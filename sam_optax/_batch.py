@@ -96,8 +96,14 @@ class Batch(NamedTuple):
             return x
 
         self.over(measure, args)
+        if not sizes:
+            raise ValueError(
+                f"{self.function}: the batch arguments must share one leading axis; found none. "
+                "Only positional arguments after the parameters are cut: pass the batch by "
+                "position, and name it with `batch_argnums=` where it is not all of them."
+            )
         if len(sizes) != 1:
-            found = ", ".join(f"{size} at `{where}`" for size, where in sizes.items()) or "none"
+            found = ", ".join(f"{size} at `{where}`" for size, where in sizes.items())
             raise ValueError(
                 f"{self.function}: the batch arguments must share one leading axis; found {found}. "
                 "Name the batch with `batch_argnums=`."
@@ -140,7 +146,8 @@ class Batch(NamedTuple):
                 x = jnp.reshape(x, (*shape, *x.shape[1:]))
             else:  # No reshape cuts a shard: the examples move.
                 x = jnp.reshape(reshard(x, PartitionSpec(None, *rest)), (*shape, *x.shape[1:]))
-                inner = over if shape[1] % count == 0 else None
+                # Interleaved, the second axis becomes the first, over which a loop runs.
+                inner = over if shape[1] % count == 0 and not interleaved else None
                 x = reshard(x, PartitionSpec(None, inner, *rest))
             return jnp.swapaxes(x, 0, 1) if interleaved else x
 
@@ -171,7 +178,14 @@ class Batch(NamedTuple):
         return self.over(some, args)
 
     def join(
-        self, stacked: Any, part: Any, whole: Any, *, interleaved: bool, reduce: Callable
+        self,
+        stacked: Any,
+        part: Any,
+        whole: Any,
+        *,
+        size: int,
+        interleaved: bool,
+        reduce: Callable,
     ) -> Any:
         """Auxiliary output of a whole batch, from that of its parts, stacked.
 
@@ -179,6 +193,7 @@ class Batch(NamedTuple):
             stacked: the parts' output.
             part: what one part's output looks like.
             whole: of every leaf of the whole batch's output, its `Origin` in the batch.
+            size: number of examples in the whole batch.
             interleaved: as in `cut`.
             reduce: ``reduce(leaf)`` for a leaf that does not follow the batch.
         """
@@ -189,22 +204,26 @@ class Batch(NamedTuple):
                 if origin.follows:
                     return reduce(x)
                 return x[0] if origin.constant is None else jnp.asarray(origin.constant, x.dtype)
-            # The batch is the one axis that is as many times longer as there are parts.
-            for i in range(len(one.shape)):
-                if (*one.shape[:i], len(x) * one.shape[i], *one.shape[i + 1 :]) == all_.shape:
+            # Of a longer axis, such as one of all examples' tokens, nobody knows the order.
+            for i, length in enumerate(one.shape):
+                alike = (*one.shape[:i], size, *one.shape[i + 1 :]) == all_.shape
+                if alike and len(x) * length == size:
                     return _merge(jnp.moveaxis(x, 0, i + interleaved), i, all_.shape)
             raise ValueError(
                 f"{self.function}: auxiliary output `aux{jax.tree_util.keystr(path)}` of shape "
                 f"{one.shape} on each of {len(x)} parts of the batch cannot be put together to "
-                f"{all_.shape}, that of the whole batch. Only one axis may follow the batch."
+                f"{all_.shape}, that of the whole batch. One axis alone may follow the batch, and "
+                f"be as long as it is, {size}: return [batch, tokens], not [batch * tokens]; or "
+                "say with `aux_reduce=` what to do."
             )
 
         return jax.tree_util.tree_map_with_path(put_together, stacked, part, whole)
 
 
 def reduce_output(x: jax.Array) -> jax.Array:
-    """Of a leaf that does not follow the batch: floats averaged, counts added, flags any."""
-    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+    """Of a leaf without the batch's axis that depends on it: floats averaged, counts added, flags
+    any."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.sum(x, axis=0, dtype=x.dtype)
     if x.dtype == bool:
         return jnp.any(x, axis=0)

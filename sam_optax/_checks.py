@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._tree import is_hole
+from sam_optax._tree import accumulator, is_hole
 from sam_optax._types import Policy, SurrogateRule
 
 
@@ -96,11 +96,15 @@ def in_its_name(build: Callable[_Parameters, _Built]) -> Callable[_Parameters, _
 
 
 def check_key(function: str, key: Any) -> None:
-    """Raise unless this is a PRNG key."""
+    """Raise unless this is one PRNG key, typed or legacy."""
+    wanted = f"{function}: `key` must be a PRNG key such as jax.random.key(0), got"
     if not isinstance(key, jax.Array | np.ndarray):
-        raise TypeError(
-            f"{function}: `key` must be a PRNG key such as jax.random.key(0), got {key!r}."
-        )
+        raise TypeError(f"{wanted} {key!r}.")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and (key.dtype != np.uint32 or key.shape not in ((2,), (4,))):
+        raise TypeError(f"{wanted} an array of {key.dtype}{list(key.shape)}.")
+    if typed and key.shape:
+        raise TypeError(f"{wanted} {list(key.shape)} of them. Take one: `keys[0]`.")
 
 
 def check_like(tree: Any, params: Any, function: str, name: str) -> None:
@@ -172,7 +176,7 @@ def check_alive(function: str, **trees: Any) -> None:
 
 def check_parts(function: str, **parts: Any) -> None:
     """Raise unless the parts of a method, and its base, are of their kinds."""
-    kinds = {"surrogate": SurrogateRule, "policy": Policy}
+    kinds = {"surrogate": SurrogateRule, "rule": SurrogateRule, "policy": Policy}
     for name, part in parts.items():
         kind = kinds.get(name, optax.GradientTransformation)
         if not isinstance(part, kind):
@@ -239,6 +243,22 @@ def find_states(opt_state: Any, *kinds: type) -> list:
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
 
 
+def check_state(function: str, state: Any, kind: type) -> None:
+    """Raise unless an optimizer was given a state of its own kind."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{function}: the state is a {type(state).__name__}, and not the {kind.__name__} that "
+            "this method's `init(params)` returns. Restore a checkpoint into that; and mind the "
+            "order of the arguments."
+        )
+
+
+def check_boolean(function: str, argument: str, value: Any) -> None:
+    """Raise unless this is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{function}: `{argument}` must be True or False, got {value!r}.")
+
+
 def with_keywords(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
     if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
@@ -268,6 +288,27 @@ def is_identity(tx: optax.GradientTransformation) -> bool:
         return tx.update(leaf, tx.init(leaf), leaf)[0] is leaf  # type: ignore[arg-type]
     except Exception:  # it looked into the leaf, so that it does something
         return False
+
+
+def check_displacement(perturbation: Any, state: Any, params: Any, function: str) -> None:
+    """Raise where `optax.masked` in a perturbation hands on the gradient as a displacement."""
+    masked = find_states(state, optax.MaskedState, optax.PartitionState)  # groups mask each other
+    if not any(isinstance(x, optax.MaskedState) for x in masked):
+        return
+    try:
+        closed = jax.make_jaxpr(lambda g: perturbation.update(g, state, params, step=0)[0])(
+            jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), accumulator(x)), params)
+        )
+    except Exception:  # it needs keywords that only a step has
+        return
+    inputs = set(closed.jaxpr.invars)
+    raw = [not hasattr(x, "val") and x in inputs for x in closed.jaxpr.outvars]
+    if any(raw) and not all(raw):
+        raise ValueError(
+            f"{function}: `optax.masked` in the perturbation hands on the gradient of the other "
+            "leaves, so that it would be their displacement. Name the leaves that are perturbed "
+            "with the method's own `mask=`."
+        )
 
 
 class Origin(NamedTuple):
@@ -319,20 +360,36 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         "`base = optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
         "optax.scale_by_learning_rate(rate))`, without `learning_rate=`."
     )
-    wrappers = {
+    wrappers: dict[Any, str] = {
         optax.MultiStepsState: "between its emits, `optax.MultiSteps` moves nothing",
         optax.PartitionState: "the groups of `optax.partition` have rates of their own",
         optax.InjectStatefulHyperparamsState: (
             "`optax.inject_hyperparams` lets the base's rate be changed"
         ),
         optax.contrib.ReduceLROnPlateauState: "`reduce_on_plateau` scales the base's rate",
+        (
+            optax.contrib.DAdaptAdamWState,
+            optax.contrib.DoGState,
+            optax.contrib.DoWGState,
+            optax.contrib.MechanicState,
+            optax.contrib.MomoAdamState,
+            optax.contrib.MomoState,
+            optax.contrib.ProdigyState,
+        ): "the base finds its rate by itself",
+        optax.contrib.ScheduleFreeState: (
+            "`schedule_free` averages what its own optimizer does, and would not see the term"
+        ),
         optax.ApplyIfFiniteState: "`optax.apply_if_finite` would hold back the rest alone",
         optax.ConditionallyMaskState: "at some steps, `optax.conditionally_mask` moves nothing",
         optax.ConditionallyTransformState: (
             "at some steps, `optax.conditionally_transform` hands gradients on"
         ),
     }
-    reasons = [reason for kind, reason in wrappers.items() if find_states(state, kind)]
+    reasons = [
+        reason
+        for kinds, reason in wrappers.items()
+        if find_states(state, *(kinds if isinstance(kinds, tuple) else (kinds,)))
+    ]
     if find_states(state, optax.MaskedState) and _freezes(base, state, params):
         reasons.append("the base freezes some leaves")
     if reasons:

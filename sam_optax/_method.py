@@ -13,6 +13,8 @@ import optax
 
 from sam_optax._axes import average, axis_names, check_shard, tracked, vary
 from sam_optax._checks import (
+    check_boolean,
+    check_displacement,
     check_evaluation,
     check_like,
     check_params,
@@ -96,6 +98,16 @@ class _Outcome(NamedTuple):
     aux: Any
 
 
+def _check_direction(direction: Any) -> None:
+    """Raise unless a surrogate rule returned what it should."""
+    if not isinstance(direction, Direction):
+        raise TypeError(
+            "sharpness_aware: a surrogate rule's `fresh` and `stale` must return (Direction, "
+            f"state), got {type(direction).__name__} in the place of the first. Return "
+            "`(sam_optax.surrogates.Direction(descent), state)`."
+        )
+
+
 class Method(NamedTuple):
     """A sharpness-aware method without a base optimizer: its parts, and where they act.
 
@@ -137,15 +149,19 @@ class Method(NamedTuple):
             surrogate=self.surrogate,
             policy=self.policy,
         )
+        check_boolean(function, "sync_perturbation", self.sync_perturbation)
+        check_boolean(function, "info", self.info)
         return self._replace(perturbation=optax.with_extra_args_support(self.perturbation))
 
     def init(self, params: Params) -> MethodState:
         """The state before the first step; nothing in it aliases the parameters."""
         check_params(params)
         seen = punch(self._keep(params), params)
+        perturbation = self.perturbation.init(seen)
+        check_displacement(self.perturbation, perturbation, seen, "sharpness_aware")
         return MethodState(
             step=jnp.zeros((), jnp.int32),
-            perturbation=self.perturbation.init(seen),
+            perturbation=perturbation,
             surrogate=self.surrogate.init(params),
             policy=self.policy.init(seen),
             info=self._info(accumulator(params)),
@@ -177,7 +193,11 @@ class Method(NamedTuple):
             ``(Estimate, state)``; ``aux`` is the perturbed evaluation's where the step ascended.
         """
         here = self._here(params, clean, evaluate, extra or {}, axes)
-        outcome, moved, policy_state = self._step(here, state, ascend)
+        try:
+            outcome, moved, policy_state = self._step(here, state, ascend)
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            self._check_state(params, state, error)
+            raise
         value = None if clean.value is None else average(clean.value, here.axes)
         direction = outcome.direction
         found = Estimate(value, outcome.aux, direction.descent, direction.decoupled, outcome.info)
@@ -195,6 +215,21 @@ class Method(NamedTuple):
         """What a step descends along, for a method without memory."""
         here = self._here(params, clean, evaluate, {}, ())
         return self._step(here, state, None)[0].direction
+
+    def _check_state(self, params: Params, state: MethodState, error: Exception) -> None:
+        """Raise where an error comes from the state of another method, or of other parameters."""
+        wanted = jax.eval_shape(self.init, params)
+        for part in ("perturbation", "surrogate", "policy"):
+            shapes = [
+                [jax.tree.structure(x), *map(jnp.shape, jax.tree.leaves(x))]
+                for x in (getattr(state, part), getattr(wanted, part))
+            ]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"sharpness_aware: the state of the {part} is not what this method's `init` "
+                    "makes of these parameters: it is another method's, or of other parameters. "
+                    "Restore a checkpoint of this method, or begin with `init(params)`."
+                ) from error
 
     def _here(
         self, params: Params, clean: Evaluation, evaluate: Evaluate, extra: dict, axes: tuple
@@ -269,12 +304,14 @@ class Method(NamedTuple):
         direction, moved = self.surrogate.fresh(
             here.mean, gp, state.step, state.surrogate, **self._probe(here, eps)
         )
+        _check_direction(direction)
         info = self._info(accumulator(here.params), ascended=True, **measured)
         return _Outcome(direction, moved, info, aux)
 
     def stale(self, here: _Here, state: MethodState) -> _Outcome:
         """A step that does not ascend."""
         direction, moved = self.surrogate.stale(here.mean, state.step, state.surrogate)
+        _check_direction(direction)
         measured = {"grad_norm": norm(here.mean)} if self.info else {}
         return _Outcome(
             direction, moved, self._info(accumulator(here.params), **measured), here.aux

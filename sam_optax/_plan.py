@@ -13,7 +13,7 @@ import optax
 
 from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_number, origins
+from sam_optax._checks import check_number, is_array, origins
 from sam_optax._method import Method
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
@@ -193,18 +193,22 @@ class Plan(NamedTuple):
             chosen = self.batch.positions(args)
             first = self.batch.one(pieces)
 
+            def on(piece):
+                # What is no batch is closed over: it may be a string.
+                here = (piece[i] if i in chosen else x for i, x in enumerate(args))
+                return evaluate(params, *here)
+
             def add(total, piece):
-                here = tuple(piece[i] if i in chosen else x for i, x in enumerate(args))
-                value, gradient, aux = evaluate(params, *here)
+                value, gradient, aux = on(piece)
                 share = upcast((value, gradient))
                 return jax.tree.map(lambda sum_, x: sum_ + x / parts, total, share), aux
 
-            like = jax.eval_shape(lambda *a: evaluate(*a)[:2], params, *first)
+            like = jax.eval_shape(lambda piece: on(piece)[:2], {i: first[i] for i in chosen})
             zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator(x)), like)
             start = vary(zeros, tracked(self.axes))
             total, stacked = jax.lax.scan(add, start, {i: pieces[i] for i in chosen})
             value, gradient = cast_like(total, like)
-            aux = self._join(stacked, evaluate, (params, *first), (params, *args), True)
+            aux = self._join(stacked, evaluate, params, first, args, interleaved=True)
             return Evaluation(value, gradient, aux)
 
         return averaged
@@ -220,7 +224,7 @@ class Plan(NamedTuple):
 
         if self.num_groups == 1:
             return here(params, args, None)
-        if any(map(varying, jax.tree.leaves((params, args)))):
+        if any(varying(x) for x in jax.tree.leaves((params, args)) if is_array(x)):
             raise ValueError(
                 f"{self.function}: `num_groups` = {self.num_groups} within shard_map needs "
                 "`check_vma=False`: JAX tracks no axis of vmap, on which groups are built. Or "
@@ -275,41 +279,45 @@ class Plan(NamedTuple):
             out = (None, None, 0)
             found, moved, aux = self._grouped(here, (params, state), args, first, out)
             part = self.batch.one(self.batch.cut(args, self.num_groups, "num_groups"))
-            shapes = (clean, (params, *part), (params, *args), False)
-            clean_aux = self._join(first.aux, *shapes)
-            aux = self._join(aux, *shapes) if want_aux else aux
+            clean_aux = self._join(first.aux, clean, params, part, args)
+            aux = self._join(aux, clean, params, part, args) if want_aux else aux
         return found._replace(aux=aux if want_aux else clean_aux), moved, clean_aux
 
     def _grouped(self, function: Callable, whole: tuple, args: tuple, first: Any, out: Any) -> Any:
         """``function(*whole, args, first)`` on every group of the batch at once."""
         chosen = self.batch.positions(args)
         pieces = self.batch.cut(args, self.num_groups, "num_groups")
-        where = tuple(0 if i in chosen else None for i in range(len(args)))
-        mapped = jax.vmap(
-            lambda here, mine: function(*whole, here, mine),
-            in_axes=(where, 0),
-            out_axes=out,
-            axis_name=GROUPS,
-        )
-        return mapped(pieces, first)
+
+        def here(batch, mine):
+            return function(*whole, tuple(batch.get(i, x) for i, x in enumerate(args)), mine)
+
+        mapped = jax.vmap(here, out_axes=out, axis_name=GROUPS)
+        return mapped({i: pieces[i] for i in chosen}, first)
 
     def _join(
-        self, stacked: Any, evaluate: At, part: tuple, whole: tuple, interleaved: bool
+        self,
+        stacked: Any,
+        evaluate: At,
+        params: Any,
+        part: tuple,
+        args: tuple,
+        *,
+        interleaved: bool = False,
     ) -> Any:
-        """``(aux, carried)`` of a whole batch from that of its parts."""
+        """``(aux, carried)`` of the whole batch in ``args`` from that of its parts, stacked."""
         if not jax.tree.leaves(stacked):
             return stacked
-        one = jax.eval_shape(lambda *a: evaluate(*a).aux, *part)
-        params, *args = whole
-        chosen = self.batch.positions(tuple(args))
+        chosen = self.batch.positions(args)
 
-        def on_batch(batch):
+        def on(batch):
             return evaluate(params, *(batch.get(i, x) for i, x in enumerate(args))).aux
 
-        all_ = origins(on_batch, {i: args[i] for i in chosen})
+        one = jax.eval_shape(on, {i: part[i] for i in chosen})
+        all_ = origins(on, {i: args[i] for i in chosen})
+        size = self.batch.size(args)
         rules = (reduce_output, reduce_state)
         joined = [
-            self.batch.join(*trees, interleaved=interleaved, reduce=rule)
+            self.batch.join(*trees, size=size, interleaved=interleaved, reduce=rule)
             for *trees, rule in zip(stacked, one, all_, rules, strict=True)
             if rule is reduce_state or self.aux_reduce is None
         ]

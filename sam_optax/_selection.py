@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -43,9 +44,12 @@ def _mean_of(losses: Callable) -> Loss:
 def _selecting(
     function: str, tx: Any, gamma: float, num_groups: int, batch_argnums: Any, aux_reduce: Any
 ) -> Plan:
-    if callable(gamma):
-        raise TypeError(f"{function}: `gamma` sets the shape of the program; it must be a number.")
-    check_number(function, "gamma", gamma, high=1, open_low=True)
+    if callable(gamma) or isinstance(gamma, jax.core.Tracer):
+        raise TypeError(
+            f"{function}: `gamma` sets the shape of the program; it must be a number that is known "
+            "when tracing."
+        )
+    check_number(function, "gamma", gamma, high=1, open_low=True, schedule=False)
     return plan_for(
         function, tx, num_groups=num_groups, batch_argnums=batch_argnums, aux_reduce=aux_reduce
     )

@@ -15,6 +15,7 @@ from sam_optax._checks import (
     check_alive,
     check_number,
     check_params,
+    check_state,
     find_states,
     is_array,
     with_keywords,
@@ -128,6 +129,12 @@ def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: boo
             f"{function}: the optimizer holds a sharpness-aware and a one-gradient method, so that "
             "the parameters would be displaced twice. Use one of the two."
         )
+    if len(find_states(opt_state, SharpnessAwareState)) > 1:
+        raise ValueError(
+            f"{function}: the optimizer holds two sharpness-aware methods, of which the second "
+            "would ascend along the first one's updates. Use one; of two, compose the parts: "
+            "`sharpness_aware(base, perturbation, surrogate, policy)`."
+        )
     for node in find_states(opt_state, optax.ApplyIfFiniteState):
         if find_states(node.inner_state, SharpnessAwareState) and not skip_nonfinite:
             raise ValueError(
@@ -199,6 +206,8 @@ class Step(NamedTuple):
         """The first evaluation, of every group where there are some: at the clean parameters, or
         where a one-gradient optimizer displaces them to."""
         check_alive(self.plan.function, params=params, opt_state=opt_state)
+        if isinstance(self.tx, SharpnessAware):
+            check_state(self.plan.function, opt_state, SharpnessAwareState)
         _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
         return self.plan.look(self.clean, displaced_params(params, opt_state), args)
 

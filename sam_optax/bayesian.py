@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._axes import average, axis_names
-from sam_optax._checks import check_key, check_number, check_params, hyperparameter
+from sam_optax._checks import check_key, check_number, check_params, check_state, hyperparameter
 from sam_optax._method import Method, evaluation_of
 from sam_optax._tree import cast_like, shifted, upcast
 from sam_optax._types import ScalarOrSchedule
@@ -144,6 +144,7 @@ def bayesian_sam(
 
     def update(updates, state, params=None, *, grad_fn=None, value_and_grad_fn=None, **extra_args):
         check_params(params, "bayesian_sam")
+        check_state("bayesian_sam", state, BayesianState)
         evaluate = evaluation_of("bayesian_sam", grad_fn, value_and_grad_fn, extra_args)
         look = Method(optax.identity()).looking(params, evaluate, axes)
         step, s = state.step, state.precision

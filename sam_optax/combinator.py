@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sam_optax._axes import tracked, varying
@@ -29,6 +30,7 @@ from sam_optax._checks import (
     check_like,
     check_params,
     check_parts,
+    check_state,
     find_states,
     hyperparameter,
     is_identity,
@@ -48,6 +50,7 @@ from sam_optax._types import (
     State,
     SurrogateRule,
 )
+from sam_optax.bayesian import BayesianState
 from sam_optax.policies import always
 from sam_optax.surrogates import perturbed_gradient
 
@@ -137,6 +140,36 @@ def _accumulation(state: State) -> Any:
     return next((x for x in nodes if find_states(x.inner_opt_state, DecoupledTermState)), None)
 
 
+def _check_term(base: Any, state: State, params: Params) -> None:
+    """Raise where a base adds the decoupled term twice, or behind the learning rate."""
+    terms = find_states(state, DecoupledTermState, optax.PartitionState, optax.MaskedState)
+    terms = [x for x in terms if isinstance(x, DecoupledTermState)]
+    if len(terms) > 1:
+        raise ValueError(
+            "sharpness_aware: the base has `add_decoupled_term` twice, so that the term would be "
+            "added twice. Keep one, in front of the learning rate."
+        )
+    try:
+        with jax.ensure_compile_time_eval():
+            zero = jax.tree.map(lambda x: np.zeros((1,) * jnp.ndim(x), jnp.result_type(x)), params)
+            one = jax.tree.map(np.ones_like, zero)
+            small = base.init(zero)
+            alone, both = (base.update(one, small, zero, decoupled=term)[0] for term in (zero, one))
+            opposed = [
+                bool(jnp.all(u * (v - u) < 0))
+                for u, v in zip(jax.tree.leaves(alone), jax.tree.leaves(both), strict=True)
+            ]
+    except Exception:  # it asks for more than a gradient, or for other shapes
+        return
+    if any(opposed):
+        raise ValueError(
+            "sharpness_aware: the base has `add_decoupled_term` behind the learning rate, so that "
+            "the term would be added as it is, away from flatness. It stands in front of the rate: "
+            "`optax.chain(optax.scale_by_adam(), add_decoupled_term(), "
+            "optax.scale_by_learning_rate(rate))`."
+        )
+
+
 class Combinator(NamedTuple):
     """A method around a base optimizer: ``tx.parts`` of what `sharpness_aware` returns.
 
@@ -154,6 +187,12 @@ class Combinator(NamedTuple):
         """The state before the first update."""
         method = self.method.init(params)
         base = self.base.init(params)
+        if find_states(base, SharpnessAwareState, BayesianState):
+            raise ValueError(
+                "sharpness_aware: `base` holds another sharpness-aware method, which would take "
+                "gradients of its own. Give the base optimizer alone; of two methods, take the "
+                "parts: `sharpness_aware(base, perturbation, surrogate, policy)`."
+            )
         if find_states(base, OneGradientState):
             raise ValueError(
                 "sharpness_aware: `base` holds a one-gradient method, which displaces the "
@@ -163,6 +202,8 @@ class Combinator(NamedTuple):
         check_base(base)
         if self.learning_rate is not None:
             check_closed_base(self.base, base, params)
+        if find_states(base, DecoupledTermState):
+            _check_term(self.base, base, params)
         if _accumulation(base) is not None:
             base = AccumulatedTermState(base, optax.tree.zeros_like(upcast(params)))
         return SharpnessAwareState.of(base, method)
@@ -179,6 +220,7 @@ class Combinator(NamedTuple):
     ) -> tuple[Any, SharpnessAwareState]:
         """One step, from the clean gradient."""
         check_params(params)
+        check_state("sharpness_aware", state, SharpnessAwareState)
         evaluate = evaluation_of("sharpness_aware", grad_fn, value_and_grad_fn, extra_args)
         axes = tracked(self.method.axes)
         if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
@@ -304,8 +346,9 @@ def sharpness_aware(
             base, that is one without `add_decoupled_term`: ``updates = base(d) - learning_rate *
             term``. A number or a schedule: that of the base. The term then passes by whatever is in
             the base. Where it can be seen that they would part ways (frozen leaves, parameter
-            groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``),
-            that is an error; a rate that the base changes by itself cannot be seen.
+            groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``, a
+            rate that Optax's optimizers find by themselves), that is an error; a rate that somebody
+            else's base changes cannot be seen.
         mask: which leaves are perturbed: a tree of bools like the parameters or a prefix of it,
             or a function from the parameters to such a tree; None for all. The others get eps = 0
             and are left out of its norm; the base optimizer updates them all the same.

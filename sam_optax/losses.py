@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 from jax.custom_derivatives import SymbolicZero
 
+from sam_optax._axes import vary
 from sam_optax._checks import is_array
 from sam_optax._method import Method
 from sam_optax._nnx import functional, import_nnx
@@ -58,6 +60,17 @@ def _check_method(function: str, method: Method, params: Any) -> None:
             "cannot carry. Use `sharpness_aware_value_and_grad`, the optimizer form, or "
             "`coupled_wsam`."
         )
+
+
+def _positions(function: str, argnums: Any) -> tuple[int, ...]:
+    """Several positions of arguments, from one or several."""
+    found = tuple(argnums) if isinstance(argnums, tuple | list) else (argnums,)
+    integers = all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in found)
+    if not found or not integers or len(set(found)) < len(found):
+        raise TypeError(
+            f"{function}: `argnums` must be an integer or several that differ, got {argnums!r}."
+        )
+    return found
 
 
 def _inner(gradients: Any, tangents: Any) -> list[jax.Array]:
@@ -124,15 +137,16 @@ def sharpness_aware_loss(
     """
     function = "sharpness_aware_loss"
     chosen = method_of(function, method)._replace(info=False)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    positions = _positions(function, argnums)
 
     @functools.wraps(loss_fn)
     def sharp_loss(*args: Any, **kwargs: Any) -> Any:
-        if not all(-len(args) <= i < len(args) for i in numbers):
+        if not all(-len(args) <= i < len(args) for i in positions):
             raise ValueError(
-                f"{function}: `argnums` = {argnums} does not fit {len(args)} positional arguments."
+                f"{function}: `argnums` = {argnums} does not fit {len(args)} positional arguments. "
+                "Pass the parameters by position."
             )
-        where = [i % len(args) for i in numbers]
+        where = [i % len(args) for i in positions]
         marks = (
             tuple(jax.tree.map(lambda _, i=i: i in where, arg) for i, arg in enumerate(args)),
             jax.tree.map(lambda _: False, kwargs),
@@ -158,7 +172,7 @@ def sharpness_aware_loss(
             given = iter(params)
             flat = [next(given) if p else None for p in is_param]
             trees = [jax.tree.unflatten(structure, flat)[0][i] for i in where]
-            return trees[0] if isinstance(argnums, int) else tuple(trees)
+            return trees[0] if isinstance(argnums, numbers.Integral) else tuple(trees)
 
         _check_method(function, chosen, tree_of(params))
 
@@ -167,37 +181,52 @@ def sharpness_aware_loss(
             value, (aux, _) = checked_loss(loss_fn, has_aux, keywords, function)(*here)
             return value, aux
 
+        def trace(params):
+            return jax.make_jaxpr(traced, return_shape=True)(params, others)
+
+        closed, shapes = trace(params)
+        # Along an axis of `shard_map` in which the loss differs, `jax.grad` sums over devices at
+        # parameters that do not; at those that do, it gives a device's own gradient.
+        axes = tuple(closed.out_avals[0].manual_axis_type.varying)
+        own = trace(vary(params, axes))[0] if axes else closed
+
+        def run(program, params, others, consts):
+            here = jax.extend.core.ClosedJaxpr(program.jaxpr, consts)
+            found = jax.extend.core.jaxpr_as_fun(here)(*params, *others)
+            return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
         # What the loss closes over becomes an argument: a rule that closed over it would be run
         # when the trace that it belongs to is over.
-        closed, shapes = jax.make_jaxpr(traced, return_shape=True)(params, others)
-        outputs = jax.tree.structure(shapes)
-
-        def run(params, others):
-            count = len(others) - len(closed.consts)
-            program = jax.extend.core.ClosedJaxpr(closed.jaxpr, others[count:])
-            found = jax.extend.core.jaxpr_as_fun(program)(*params, *others[:count])
-            return jax.tree.unflatten(outputs, found)
-
         @jax.custom_jvp
-        def call(params, others, step):
-            return run(params, others)
+        def call(params, rest, own_consts, step):
+            return run(closed, params, *rest)
 
         def rule(primals, tangents):
-            (params, others, step), (in_params, in_others, _) = primals, tangents
-            moving = [i for i, t in enumerate(in_others) if not isinstance(t, SymbolicZero)]
+            (params, rest, own_consts, step), (in_params, in_rest, *_) = primals, tangents
+            leaves, structure = jax.tree.flatten(rest)
+            moving = {
+                i: t
+                for i, t in enumerate(jax.tree.leaves(in_rest))
+                if not isinstance(t, SymbolicZero)
+            }
 
-            def loss(params, moved):
-                here = list(others)
-                for i, x in zip(moving, moved, strict=True):
-                    here[i] = x
-                return run(params, here)
+            def along(moved):
+                here = [moved.get(i, x) for i, x in enumerate(leaves)]
+                return run(closed, params, *jax.tree.unflatten(structure, here))
 
-            moved = [others[i] for i in moving]
-            evaluate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-            (value, aux), (gradient, in_moved) = evaluate(params, moved)
-            terms = _inner(in_moved, [in_others[i] for i in moving])
-            if not all(isinstance(t, SymbolicZero) for t in in_params):
-                terms += _inner(direction(loss, params, moved, value, gradient, step), in_params)
+            def loss(params):
+                return run(own, params, rest[0], own_consts)
+
+            terms = []
+            ascends = not all(isinstance(t, SymbolicZero) for t in in_params)
+            if ascends:
+                at = vary(params, axes)
+                (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(at)
+                terms += _inner(direction(loss, at, gradient, step), in_params)
+            if moving or axes or not ascends:
+                where = {i: leaves[i] for i in moving}
+                value, slope, aux = jax.jvp(along, (where,), (moving,), has_aux=True)
+                terms.append(slope)
             total = sum(terms, jnp.zeros((), accumulator(value)))
             still = jax.tree.map(
                 lambda x: (
@@ -209,11 +238,11 @@ def sharpness_aware_loss(
             )
             return (value, aux), (jnp.asarray(total, value.dtype), still)
 
-        def direction(loss, params, moved, value, gradient, step):
+        def direction(loss, params, gradient, step):
             tree = tree_of(params)
 
             def look(point):
-                slope = jax.grad(lambda p: loss(p, moved)[0])(jax.tree.leaves(point))
+                slope = jax.grad(lambda p: loss(p)[0])(jax.tree.leaves(point))
                 return Evaluation(None, tree_of(slope))
 
             state = chosen.init(tree)._replace(step=_NoStep() if step is None else step)
@@ -221,7 +250,7 @@ def sharpness_aware_loss(
             return chosen.direction(tree, state, clean, look).descent
 
         call.defjvp(rule, symbolic_zeros=True)
-        value, aux = call(params, [*others, *closed.consts], step)
+        value, aux = call(params, (others, closed.consts), own.consts, step)
         return (value, aux) if has_aux else value
 
     return sharp_loss

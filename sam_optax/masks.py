@@ -7,28 +7,42 @@ every ``update`` as ``ascent_mask=``; both functions may be jitted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_key, check_like, check_number
 from sam_optax._tree import upcast
 from sam_optax._types import Gradient, Params
+from sam_optax.diagnostics._loss import num_batches, scalar
 
 
-def _largest(scores: Any, count: int) -> Any:
+def _largest(scores: Any, count: Any) -> Any:
     """A tree of bools, True for exactly ``count`` of the largest scores of all leaves together."""
     leaves, structure = jax.tree.flatten(scores)
+    if not leaves:
+        return scores
     flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
-    chosen = jnp.zeros(flat.shape, bool).at[jax.lax.top_k(flat, count)[1]].set(True)
+    order = jnp.argsort(flat, descending=True)
+    chosen = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < count)
     masks, start = [], 0
     for x in leaves:
         masks.append(chosen[start : start + x.size].reshape(x.shape))
         start += x.size
     return structure.unflatten(masks)
+
+
+def _share(share: Any, size: Any) -> Any:
+    """That share of a size, rounded down."""
+    if isinstance(share, jax.core.Tracer) or isinstance(size, jax.core.Tracer):
+        return jnp.floor(share * size)
+    # A product such as 0.29 * 100 is a little below the integer that it means.
+    return math.floor(round(float(share) * float(size), 9))
 
 
 def _size(tree: Any) -> int:
@@ -50,12 +64,14 @@ def fisher_mask(
         share: of all elements that are kept, in (0, 1]; one minus the paper's sparsity.
 
     Returns:
-        A tree of bools like ``params``: True for the ``int(share * n)`` largest of all n elements.
+        A tree of bools like ``params``: True for the largest ``floor(share * n)`` of all n
+        elements.
 
     Cost: one gradient per example, one after another; a sort of all parameters.
 
     Raises:
-        ValueError: ``share`` is outside (0, 1], or there is no example.
+        ValueError: ``share`` is outside (0, 1], there is no example, or not as many of each; the
+            loss is no scalar.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -75,14 +91,16 @@ def fisher_mask(
     check_number("fisher_mask", "share", share, high=1, open_low=True, schedule=False)
     if not jax.tree.leaves(examples):
         raise ValueError("fisher_mask: pass the examples whose gradients are to be squared.")
+    num_batches("fisher_mask", examples, "examples")
 
     def add(total, example):
         alone = jax.tree.map(lambda x: x[None], example)
-        gradient = upcast(jax.grad(loss_fn)(params, *alone))
+        loss = scalar("fisher_mask", lambda w: loss_fn(w, *alone))
+        gradient = upcast(jax.grad(loss)(params))
         return jax.tree.map(lambda f, g: f + jnp.square(g), total, gradient), None
 
     fisher, _ = jax.lax.scan(add, optax.tree.zeros_like(upcast(params)), examples)
-    return _largest(fisher, int(_size(params) * share))
+    return _largest(fisher, _share(share, _size(params)))
 
 
 def dynamic_mask(
@@ -102,10 +120,10 @@ def dynamic_mask(
         share: of all elements that are kept, in (0, 1]; one minus the paper's sparsity.
         mask: the mask so far; None for the first, which is random.
         drop: the share of the mask's elements to lose, in [0, 1]; the authors let it fall by a
-            cosine: :math:`\tfrac12 d (1 + \cos(\pi t / T))` with d = 0.5.
+            cosine: :math:`\tfrac12 d (1 + \cos(\pi t / T))` with d = 0.5. It may be traced.
 
     Returns:
-        A tree of bools like ``grads``, True for ``int(share * n)`` of all n elements (fewer where
+        A tree of bools like ``grads``, True for ``floor(share * n)`` of all n elements (fewer where
         ``mask`` had fewer to keep). With nothing left to grow, only as many are lost as are left
         out.
 
@@ -135,12 +153,13 @@ def dynamic_mask(
     draws = [jax.random.uniform(k, jnp.shape(x)) for k, x in zip(keys, leaves, strict=False)]
     random = structure.unflatten(draws)
     size = _size(grads)
+    total = _share(share, size)
     if mask is None:
-        return _largest(random, int(size * share))
+        return _largest(random, total)
     check_like(mask, grads, "dynamic_mask", "mask")
     mask = jax.tree.map(lambda m: jnp.asarray(m) != 0, mask)
-    grown = int(min(size * share * drop, size * (1 - share)))
-    kept = int(size * share) - grown
+    grown = jnp.minimum(_share(drop, total), size - total)
+    kept = total - grown
     # Below every score are those that are not asked for.
     active = jax.tree.map(lambda m, g: jnp.where(m, jnp.abs(g), -1), mask, upcast(grads))
     others = jax.tree.map(lambda m, x: jnp.where(m, -1, x), mask, random)

@@ -20,7 +20,8 @@ The examples share one problem: the curvatures are 1 and 4, and at w = (4, 0.75)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +29,21 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import (
+    check_boolean,
+    check_displacement,
     check_like,
     check_params,
     check_parts,
+    check_state,
     find_states,
     hyperparameter,
     in_its_name,
     resolve_mask,
     with_keywords,
 )
-from sam_optax._tree import cast_like, fill, is_hole, punch, shifted, upcast
+from sam_optax._tree import all_finite, cast_like, fill, is_hole, punch, select, shifted, upcast
 from sam_optax._types import OneGradientState, Params, ScalarOrSchedule, SharpnessAwareState
+from sam_optax.bayesian import BayesianState
 from sam_optax.perturbations import gaussian_noise, steepest_ascent
 
 
@@ -73,7 +78,7 @@ class OneGradient(NamedTuple):
         """The state before the first update; nothing in it aliases the parameters."""
         check_params(params, "one_gradient", whole=False)
         base = self.base.init(params)
-        if find_states(base, OneGradientState, SharpnessAwareState):
+        if find_states(base, OneGradientState, SharpnessAwareState, BayesianState):
             raise ValueError(
                 "one_gradient: `base` holds another sharpness-aware or one-gradient method, so "
                 "that the parameters would be displaced twice. Give the base optimizer alone, and "
@@ -87,10 +92,12 @@ class OneGradient(NamedTuple):
         def copy(x):
             return jnp.array(x, dtype=jnp.result_type(x), copy=True)
 
+        perturbation = self.perturbation.init(seen)
+        check_displacement(self.perturbation, perturbation, seen, "one_gradient")
         return OneGradientState(
             step=jnp.zeros((), jnp.int32),
             base=base,
-            perturbation=self.perturbation.init(seen),
+            perturbation=perturbation,
             displacement=None if self.in_place else jax.tree.map(nothing, seen),
             clean=jax.tree.map(copy, seen) if self.in_place else None,
         )
@@ -105,6 +112,7 @@ class OneGradient(NamedTuple):
         """One step, from the gradient at the displaced point."""
         check_params(params, "one_gradient", whole=False)
         check_like(updates, params, "one_gradient", "the gradient")
+        self._check_state(state)
         before: Any = params
         if self.in_place:
             _check_tree("one_gradient", state.clean, params)
@@ -121,16 +129,30 @@ class OneGradient(NamedTuple):
             **(extra_args | {"step": step}),  # type: ignore[call-arg]
         )
         check_like(eps, clean, "one_gradient", "the perturbation's displacement")
-        eps = cast_like(eps, clean)
+        moved = cast_like(moved, state.perturbation)
+        # One gradient that is not finite, which the base may pass over, must not spoil the next.
+        finite = all_finite(eps)
+        eps = select(finite, cast_like(eps, clean), jax.tree.map(jnp.zeros_like, clean))
+        moved = select(finite, moved, state.perturbation)
         if self.in_place:
             updates = _move(shifted(clean, eps), params, clean, before, updates)
         return updates, OneGradientState(
             step=step,
             base=base,
-            perturbation=cast_like(moved, state.perturbation),
+            perturbation=moved,
             displacement=None if self.in_place else eps,
             clean=clean if self.in_place else None,
         )
+
+    def _check_state(self, state: Any) -> None:
+        """Raise for a state that is another optimizer's, or of the other way to hold w."""
+        check_state("one_gradient", state, OneGradientState)
+        if self.in_place != (state.clean is not None):
+            raise ValueError(
+                f"one_gradient: the state is that of `in_place={not self.in_place}`, and this "
+                f"optimizer has `in_place={self.in_place}`. Take `clean_params(params, state)`, "
+                "and begin with `init` of those."
+            )
 
     def _keep(self, params: Params) -> Any:
         # An empty tree has nothing to mask; `optax.tree.map_params` calls `init` with one.
@@ -157,7 +179,9 @@ def one_gradient(
         perturbation: Optax transformation from h to eps, see `sam_optax.perturbations`; it sees h
             in float32 at least, the clean parameters as the base left them, the keyword ``step=``
             and every keyword of ``update``. Schedules: eps of evaluation t, counted from 0, is
-            that of step t, so that a schedule of the radius starts and stops the displacement.
+            that of step t, so that a schedule of the radius starts and stops the displacement. An
+            eps that is not finite is 0, and the perturbation's state stays: one bad gradient, over
+            which ``optax.apply_if_finite`` in the base passes, does not spoil those that follow.
         mask: a tree of bools like the parameters, a prefix of it, or a function from the parameters
             to one: the leaves that are displaced. A leaf left out gets eps = 0, is left out of the
             norm, and costs no memory. None: all of them.
@@ -236,8 +260,7 @@ def one_gradient(
         `single_step_sam`); here it takes any perturbation and any base.
     """
     check_parts("one_gradient", base=base, perturbation=perturbation)
-    if not isinstance(in_place, bool):
-        raise TypeError(f"one_gradient: `in_place` must be True or False, got {in_place!r}.")
+    check_boolean("one_gradient", "in_place", in_place)
     method: Any = OneGradient(
         with_keywords(base), optax.with_extra_args_support(perturbation), mask, in_place
     )
@@ -279,15 +302,17 @@ def _check_tree(function: str, tree: Any, params: Params) -> None:
 
 
 def _is_followed(opt_state: Any) -> bool:
-    """Whether something follows an in-place method in a chain, whose state is a plain tuple."""
+    """Whether something follows an in-place method in a chain, by the state: that of `optax.chain`
+    is a plain tuple, that of `optax.named_chain` an OrderedDict."""
 
     def is_chain(x):
-        return type(x) is tuple
+        return type(x) in (tuple, OrderedDict)
 
     for chain in filter(is_chain, jax.tree.leaves(opt_state, is_leaf=is_chain)):
-        for i, part in enumerate(chain, start=1):
+        parts = list(chain.values()) if isinstance(chain, OrderedDict) else chain
+        for i, part in enumerate(parts, start=1):
             inside = find_states(part, OneGradientState)
-            if i < len(chain) and any(state.clean is not None for state in inside):
+            if i < len(parts) and any(state.clean is not None for state in inside):
                 return True
             if _is_followed(part):
                 return True
@@ -319,6 +344,26 @@ def _trees(function: str, params: Params, opt_state: Any, in_place: bool) -> lis
     return found
 
 
+def _is_displaced(function: str, params: Params, opt_state: Any) -> bool:
+    """Whether there is a one-gradient method's state; raise where it is not where it belongs."""
+    if find_states(params, OneGradientState):
+        raise TypeError(
+            f"{function}: the parameters hold an optimizer's state. The parameters come first: "
+            f"`{function}(params, opt_state)`."
+        )
+
+    def was_one(x):
+        return isinstance(x, Mapping) and set(x) == set(OneGradientState._fields)
+
+    if any(map(was_one, jax.tree.leaves(opt_state, is_leaf=was_one))):
+        raise TypeError(
+            f"{function}: the optimizer's state was restored as plain dictionaries. Restore it "
+            "into a state: with `flax.serialization.from_bytes(tx.init(params), ...)`, or with "
+            "`tx.init(params)` as Orbax's abstract state."
+        )
+    return bool(find_states(opt_state, OneGradientState))
+
+
 def displaced_params(params: Params, opt_state: Any) -> Params:
     r"""The parameters at which an optimizer wants the gradient: w + eps.
 
@@ -336,6 +381,7 @@ def displaced_params(params: Params, opt_state: Any) -> Params:
     Raises:
         ValueError: the state is of other parameters (the first path that differs is named), two
             methods displace one leaf, or something follows an in-place one in a chain.
+        TypeError: the arguments are swapped, or the state was restored as plain dictionaries.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -347,7 +393,7 @@ def displaced_params(params: Params, opt_state: Any) -> Params:
         >>> print(w, displaced_params(w, state))
         [3.7  0.35] [6.7  4.35]
     """
-    if not find_states(opt_state, OneGradientState):
+    if not _is_displaced("displaced_params", params, opt_state):
         return params
     plain = _plain(params)
     trees = _trees("displaced_params", plain, opt_state, in_place=False)
@@ -365,14 +411,13 @@ def clean_params(params: Params, opt_state: Any) -> Params:
 
     Returns:
         A tree like ``params``; ``params`` itself where no one-gradient method with
-        ``in_place=True`` is in the state; a state that was restored without a target, as plain
-        dictionaries, is not known as one. The arrays are the state's own: a step that donates the
+        ``in_place=True`` is in the state. The arrays are the state's own: a step that donates the
         state takes them. In NNX, ``nnx.update(copy_of_the_model, ...)`` puts them into a model.
 
     Cost: nothing; no array is copied or computed.
 
     Raises:
-        ValueError: as `displaced_params`.
+        ValueError, TypeError: as `displaced_params`.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -384,7 +429,7 @@ def clean_params(params: Params, opt_state: Any) -> Params:
         >>> print(w, clean_params(w, state))
         [6.7  4.35] [3.7  0.35]
     """
-    if not find_states(opt_state, OneGradientState):
+    if not _is_displaced("clean_params", params, opt_state):
         return params
     plain = _plain(params)
     trees = _trees("clean_params", plain, opt_state, in_place=True)

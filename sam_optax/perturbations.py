@@ -27,6 +27,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sam_optax._checks import (
+    check_boolean,
     check_key,
     check_like,
     check_number,
@@ -302,6 +303,7 @@ def _moving_average(
 
     def update(updates, state, params=None, *, step: Any = 0, **extra_args):
         g = upcast(updates)
+        check_like(state.ema, g, "a moving average", "the state")
 
         def move(old, x):
             share = jnp.asarray(weight(step), x.dtype)
@@ -416,7 +418,11 @@ def variance_suppressed(theta: ScalarOrSchedule) -> optax.GradientTransformation
 def _given(function: str, keyword: str, what: str, tree: Any, g: Any) -> Any:
     """A tree like the gradient that ``update`` was passed as a keyword."""
     if tree is None:
-        raise ValueError(f"{function}: pass {what} to `update` as the keyword `{keyword}=`.")
+        raise ValueError(
+            f"{function}: it needs {what}: pass `{keyword}=` to `update`, or "
+            f"`extra_args={{'{keyword}': ...}}` to a training step or the gradient form. The loss "
+            "form has no place for it."
+        )
     with contextlib.suppress(ValueError):  # another tree: the next line says where
         tree = prune(tree, g)
     check_like(tree, g, function, keyword)
@@ -500,7 +506,7 @@ def reject_from() -> optax.GradientTransformationExtraArgs:
     return _stateless(displace)
 
 
-# What every random part folds into its key, so that two of them draw differently from one key.
+# What every random part folds into its key, so that two kinds of them draw differently from one.
 _MASK, _ROUNDING, _NOISE = 1, 2, 3
 
 
@@ -525,7 +531,8 @@ def random_mask(
     perturbation.
 
     Args:
-        key: a PRNG key (typed or legacy uint32). The mask depends on ``key`` and ``step`` alone.
+        key: a PRNG key (typed or legacy uint32). The mask depends on it and ``step`` alone; two
+            such parts need two keys.
         beta: probability to keep, in (0, 1]; 1 returns g. A number or a schedule.
         granularity: one draw per ``"element"``, or one per ``"tensor"`` (leaf).
 
@@ -583,7 +590,8 @@ def gaussian_noise(
     its absolute value. With ``rows=False``, :math:`\epsilon = \sigma\, n`.
 
     Args:
-        key: a PRNG key (typed or legacy uint32). The draw depends on ``key`` and ``step`` alone.
+        key: a PRNG key (typed or legacy uint32). The draw depends on it and ``step`` alone; two
+            such parts need two keys.
         std: :math:`\sigma`, at least 0: relative to the rows' norms, or with ``rows=False`` in the
             units of the parameters. A number or a schedule.
         rows: whether each output unit's noise is relative to the norm of its weights. What is 0,
@@ -616,8 +624,7 @@ def gaussian_noise(
     """
     check_key("gaussian_noise", key)
     size = hyperparameter("gaussian_noise", "std", std)
-    if not isinstance(rows, bool):
-        raise TypeError(f"gaussian_noise: `rows` must be True or False, got {rows!r}.")
+    check_boolean("gaussian_noise", "rows", rows)
 
     def displace(g, params, step, **extra_args):
         def draw(x, key, length=1.0):
@@ -692,7 +699,8 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
             w = upcast(p)
             nearest = (w + e).astype(dtype)
             error = (w + e) - upcast(nearest)
-            other = jnp.nextafter(nearest, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype))
+            far = float(jnp.finfo(dtype).max)  # not every short dtype has an infinity
+            other = jnp.nextafter(nearest, jnp.where(error > 0, far, -far).astype(dtype))
             chance = jnp.abs(error) / jnp.abs(upcast(other) - upcast(nearest))
             pick = jax.random.uniform(key, jnp.shape(e), jnp.float32) < chance
             return upcast(jnp.where(pick, other, nearest)) - w

@@ -182,6 +182,11 @@ def plot_normal_quantiles(statistics: GradientNormStatistics, ax: Any = None) ->
         >>> print(plot_normal_quantiles(found).lines[0].get_ydata())
         [1. 9.]
     """
+    if not isinstance(statistics, GradientNormStatistics):
+        raise TypeError(
+            "plot_normal_quantiles: `statistics` must be what `gradient_norm_statistics` returned, "
+            f"got {type(statistics).__name__}."
+        )
     squares = np.sort(np.asarray(statistics.squared_norms))
     quantiles = np.asarray(statistics.normal_quantiles)
     ax = _axes(ax)
@@ -224,6 +229,8 @@ def plot_ascended_share(
     """
     check_number("plot_ascended_share", "window", window, 1, integer=True)
     taken = np.cumsum(_array("plot_ascended_share", "ascended", ascended, None).astype(bool))
+    if not taken.size:
+        raise ValueError("plot_ascended_share: `ascended` is empty.")
     steps = np.arange(1, taken.size + 1)
     before = np.concatenate([np.zeros(window, taken.dtype), taken])[: taken.size]
     ax = _axes(ax)

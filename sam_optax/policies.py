@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax._checks import check_key, check_number, hyperparameter
+from sam_optax._checks import check_key, check_number, check_parts, hyperparameter
 from sam_optax._tree import accumulator, select, square
 from sam_optax._types import Policy, ScalarOrSchedule
 
@@ -246,6 +246,7 @@ def from_step(start: int, policy: Policy) -> Policy:
         [False, False, True, True]
     """
     check_number("from_step", "start", start, integer=True)
+    check_parts("from_step", policy=policy)
 
     def decide(g: Any, step: Any, state: Any):
         ascend, state = policy.decide(g, step, state)
@@ -277,6 +278,7 @@ def between(start: int, stop: int, policy: Policy) -> Policy:
     """
     check_number("between", "start", start, integer=True)
     check_number("between", "stop", stop, low=start, integer=True)
+    check_parts("between", policy=policy)
 
     def decide(g: Any, step: Any, state: Any):
         ascend, state = policy.decide(g, step, state)

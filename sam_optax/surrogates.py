@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import check_like, hyperparameter, is_array
+from sam_optax._checks import check_like, check_parts, hyperparameter, is_array
 from sam_optax._tree import (
     cast_like,
     distance,
@@ -364,6 +364,7 @@ def renormalized(
         authors' adaptive mode the two norms are scaled: ``scale=lambda w: jax.tree.map(jnp.abs,
         w)``; here they are plain norms unless asked for, as in the paper.
     """
+    check_parts("renormalized", rule=rule)
     bound: Any = None
     if clip is not None:
         bound = hyperparameter("renormalized", "clip", clip, high=1, open_low=True, open_high=True)

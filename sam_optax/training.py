@@ -38,12 +38,13 @@ Options that the steps share:
     all of them. The others, and keyword arguments, go to every group and part whole; a keyword
     argument with the batch's leading axis is an error, unless the batch is named.
 ``aux_reduce``
-    With groups or micro-batches, auxiliary output is put together leaf by leaf: a leaf whose shape
-    follows the batch is concatenated; of the others that depend on the batch floats are averaged,
-    signed integers (counts) added, bools true if one is; what does not depend on it (a constant, a
-    PRNG key) is kept. Where that is not what the whole batch gives, ``aux_reduce(stacked)`` is
-    called in its place, with the parts' output stacked along a new first axis: over micro-batches,
-    then over groups.
+    With groups or micro-batches, auxiliary output is put together leaf by leaf: a leaf with an axis
+    as long as the batch is concatenated along it; of the others that depend on the batch floats are
+    averaged (a sum of floats too: count in integers, or return means), integers (counts) added,
+    bools true if one is; what does not depend on it (a constant, a PRNG key) is kept. An axis of
+    examples and more, such as [batch * tokens], is refused: return [batch, tokens]. Where that is
+    not what the whole batch gives, ``aux_reduce(stacked)`` is called in its place, with the parts'
+    output stacked along a new first axis: over micro-batches, then over groups.
 ``skip_nonfinite``
     If the clean or the perturbed gradient holds a NaN or an infinity, parameters, optimizer state,
     mutable state and step counts stay as they were, bit for bit, and ``StepMetrics.skipped`` is
@@ -241,6 +242,11 @@ def linen_step(
         >>> print(state.step, bool(metrics.perturbed_loss > metrics.loss))
         1 True
     """
+    if not (hasattr(state, "tx") and hasattr(state, "opt_state")):
+        raise TypeError(
+            "linen_step: the first argument must be a flax.training.train_state.TrainState, got "
+            f"{type(state).__name__}."
+        )
     plan = plan_for(
         "linen_step",
         state.tx,
@@ -324,6 +330,12 @@ def nnx_step(
         1 True
     """
     nnx = import_nnx("nnx_step")
+    is_one = hasattr(optimizer, "tx") and hasattr(optimizer, "wrt")
+    if not is_one or isinstance(model, nnx.Optimizer):
+        raise TypeError(
+            "nnx_step: the arguments are an nnx.Module, an nnx.Optimizer for it, and the loss; got "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
     plan = plan_for(
         "nnx_step",
         optimizer.tx,

@@ -293,7 +293,9 @@ def wsam(
     `sam_optax.add_decoupled_term` adds it there: leaves that ``base`` freezes, its parameter
     groups, injected rates and plateaus are right for the term too. **Past it**, for a closed base
     such as ``optax.adam(lr)``: with ``learning_rate=lr``, ``updates = base(g) - lr(step) * term``,
-    and of what ``base`` does inside, the term sees nothing.
+    and of what ``base`` does inside, the term sees nothing. In the gradient form, ``found.grads``
+    is the clean gradient, and all of the method is in ``found.decoupled``: an optimizer that is not
+    handed that is the plain one.
 
     Args:
         base: any Optax transformation; its moments see the clean gradient alone.

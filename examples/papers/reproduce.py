@@ -113,7 +113,7 @@ class Job(NamedTuple):
     @property
     def seeds(self) -> int:
         """How many seeds each cell has."""
-        return self.args.seeds or self.scale.get("seeds") or self.experiment["seeds"]
+        return self.args.seeds or self.scale.get("seeds") or self.experiment.get("seeds", 1)
 
 
 class NoSuchBlock(ValueError):
@@ -848,7 +848,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if args.experiment == "list":
         for name, experiment in SETTINGS.items():
-            console.print(f"{name:16} {experiment['title']}", highlight=False)
+            ran = f"run at scale {experiment['ran']}" if "ran" in experiment else "not run at scale"
+            console.print(f"{name:16} {experiment['title']}; {ran}", highlight=False)
         return 0
     names = list(SETTINGS) if args.experiment == "all" else [args.experiment]
     if argv is None and args.scale == "smoke":

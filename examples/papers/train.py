@@ -666,7 +666,8 @@ def _write_curves(path: pathlib.Path, history: list[dict]) -> None:
             if not np.all(np.isnan(values)):
                 axes.plot(range(1, len(values) + 1), values, label=name.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
-        axes.legend(fontsize="x-small")
+        if axes.has_data():
+            axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 

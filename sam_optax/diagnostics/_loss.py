@@ -1,11 +1,13 @@
 """A loss as a function of the parameters: over a data set, and checked before it is measured."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sam_optax._checks import is_array
 from sam_optax._tree import upcast
 
 Loss = Callable[[Any], Any]
@@ -15,6 +17,13 @@ Loss = Callable[[Any], Any]
 def check_params(function: str, params: Any) -> None:
     """Raise unless there are parameters, all of them real and floating."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if not (is_array(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise TypeError(
+                f"{function}: `params` must hold real floating-point arrays, but "
+                f"`{jax.tree_util.keystr(path) or '.'}` is a {type(leaf).__name__}. The loss comes "
+                "first, the parameters second."
+            )
     if not sum(jnp.size(leaf) for _, leaf in leaves):
         raise ValueError(f"{function}: `params` holds no numbers.")
     for path, leaf in leaves:
@@ -43,13 +52,13 @@ def scalar(function: str, loss_fn: Loss) -> Loss:
     return checked
 
 
-def num_batches(function: str, batches: Any) -> int:
+def num_batches(function: str, batches: Any, name: str = "batches") -> int:
     """Length of the leading axis that all leaves share."""
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(
-            f"{function}: `batches` must be a tree of arrays that share a leading axis of length 1 "
-            f"or more, batches stacked along it; got leading axes {sorted(lengths)}."
+            f"{function}: `{name}` must be a tree of arrays that share a leading axis of length 1 "
+            f"or more, stacked along it; got leading axes {sorted(lengths)}."
         )
     return lengths.pop()[0]
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from sam_optax._checks import check_key, check_like
@@ -137,9 +138,9 @@ def _slice(
     for name, direction in zip(names, directions, strict=True):
         check_like(direction, params, function, f"`{name}`")
     for name, values in coordinates:
-        if jnp.ndim(values) != 1:
+        if np.ndim(values) != 1:
             raise ValueError(
-                f"{function}: `{name}` must have one axis, got shape {jnp.shape(values)}."
+                f"{function}: `{name}` must have one axis, got shape {np.shape(values)}."
             )
     dtype = accumulator(params)
     axes = [jnp.asarray(values, dtype) for _, values in coordinates]
@@ -184,7 +185,7 @@ def slice_coordinates(points: Any, params: Any, first: Any, second: Any) -> jax.
     """
     function = "slice_coordinates"
     check_params(function, params)
-    num_batches(function, points)
+    num_batches(function, points, "points")
     check_like(first, params, function, "`first`")
     check_like(second, params, function, "`second`")
     check_like(jax.tree.map(lambda x: x[0], points), params, function, "every one of `points`")

@@ -118,7 +118,12 @@ def _sharpness(
     check_params(function, params)
     if callable(rho):
         raise TypeError(f"{function}: `rho` must be a number, got a schedule. Evaluate it first.")
-    check_number(function, "rho", rho)
+    check_number(function, "rho", rho, schedule=False)
+    if scale is not None and not callable(scale):
+        raise TypeError(
+            f"{function}: `scale` must be None or a function from the parameters to a tree like "
+            f"them, got {scale!r}."
+        )
     check_number(function, "num_steps", num_steps, 1, integer=True)
     chosen = None if mask is None else resolve_mask(mask, params, function)
     movable = punch(chosen, params)

@@ -193,6 +193,21 @@ def test_a_method_without_a_term_in_such_a_base():
     assert_close(got, wanted)
 
 
+def test_where_the_term_must_not_stand():
+    w = start()
+    behind = optax.chain(optax.sgd(RATE), add_decoupled_term())
+    for base in (behind, optax.chain(optax.clip(1.0), behind), optax.MultiSteps(behind, 1)):
+        base = base if isinstance(base, tuple) else untyped(base).gradient_transformation()
+        with pytest.raises(ValueError, match=r"behind the learning rate.*in front of the rate"):
+            jax.jit(wsam(base).init)(w)
+    with pytest.raises(ValueError, match=r"`add_decoupled_term` twice"):
+        wsam(optax.chain(add_decoupled_term(), chain())).init(w)
+    # Where the rate comes after the method, or each group has its own term, all is well.
+    groups = optax.partition({"one": chain(), "two": chain(1.0)}, {"a": "one", "b": "two"})
+    for base in (optax.chain(optax.scale_by_adam(), add_decoupled_term()), groups, chain()):
+        wsam(base).init(w)
+
+
 # --- Past the base --------------------------------------------------------------------------------
 
 # What a base does inside would not reach a term past it.
@@ -205,6 +220,8 @@ REFUSED = {
     "inject_hyperparams": lambda: untyped(optax.inject_hyperparams(optax.sgd))(RATE),
     "reduce_on_plateau": lambda: optax.chain(optax.sgd(RATE), optax.contrib.reduce_on_plateau()),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(RATE), 3),
+    "finds its rate by itself": lambda: optax.chain(optax.contrib.prodigy(RATE)),
+    "schedule_free": lambda: optax.contrib.schedule_free_sgd(RATE),
     "conditionally_mask": lambda: optax.conditionally_mask(
         optax.sgd(RATE), lambda step, **_: untyped(step) > 2
     ),

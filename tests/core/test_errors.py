@@ -250,7 +250,9 @@ def test_decoupled_term_without_a_learning_rate():
 @pytest.mark.parametrize("part", [perturbations.project_onto, perturbations.reject_from])
 def test_projection_without_or_with_a_wrong_direction(part):
     tx = sharpness_aware(BASE, optax.chain(part(), steepest_ascent(0.1)))
-    with pytest.raises(ValueError, match=f"{part.__name__}: .*keyword `direction=`"):
+    with pytest.raises(
+        ValueError, match=f"{part.__name__}: .*pass `direction=`.*extra_args=.*loss form"
+    ):
         update(tx, grad_fn=identity)
     with pytest.raises(ValueError, match=rf"{part.__name__}: direction .*\['bias'\]"):
         update(tx, grad_fn=identity, direction={"layer": {"kernel": jnp.ones((2, 3))}})
@@ -340,3 +342,118 @@ def test_gradient_ascent_is_named_when_it_is_called_alone():
 def test_rules_name_themselves():
     with pytest.raises(ValueError, match=r"^renormalized: `clip`"):
         surrogates.renormalized(perturbed_gradient(), clip=2.0)
+
+
+# --- Parts, states and methods in the wrong places ------------------------------------------------
+
+NOTHING: Any = None
+PLAIN = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+MISPLACED = [
+    (lambda: policies.from_step(3, lib.policies.always), r"from_step: `policy` .*called first\?"),
+    (lambda: policies.between(0, 3, NOTHING), r"between: `policy` must be a Policy, got None"),
+    (
+        lambda: surrogates.renormalized(lib.surrogates.perturbed_gradient),
+        r"renormalized: `rule` must be a SurrogateRule.*called first\?",
+    ),
+    (
+        lambda: update(sharpness_aware(BASE, steepest_ascent(0.1), BARE), grad_fn=identity),
+        r"must return \(Direction, state\), got dict.*Return",
+    ),
+    (lambda: sam(BASE, sync_perturbation="no"), r"sync_perturbation` must be True or False"),
+    (lambda: sam(BASE, info=None), r"`info` must be True or False, got None"),
+    (lambda: sam(sam(BASE)).init(PARAMS), r"`base` holds another sharpness-aware method"),
+    (lambda: sam(BAYES).init(PARAMS), r"`base` holds another sharpness-aware method"),
+    (lambda: lib.momentum_sam(BAYES).init(PARAMS), r"one_gradient: `base` holds another"),
+    (
+        lambda: twice(optax.chain(sam(BASE), sam(BASE))),
+        r"two_gradient_step: .*two sharpness-aware methods.*compose the parts",
+    ),
+    # `optax.masked` hands on what it leaves out: a raw gradient as the displacement.
+    (
+        lambda: sharpness_aware(BASE, optax.masked(steepest_ascent(0.1), KERNEL)).init(PLAIN),
+        r"sharpness_aware: `optax.masked` in the perturbation.*`mask=`",
+    ),
+    (
+        lambda: lib.one_gradient(BASE, optax.masked(steepest_ascent(0.1), KERNEL)).init(PLAIN),
+        r"one_gradient: `optax.masked` in the perturbation.*`mask=`",
+    ),
+    # States of another optimizer, and of another method.
+    (lambda: given(sam(BASE), BASE.init(PLAIN)), r"the state is a tuple, and not the Sharpness"),
+    (lambda: given(sam(BASE), None), r"the state is a NoneType.*order of the arguments"),
+    (lambda: given(lib.look_sam(BASE), sam(BASE).init(PLAIN)), r"state of the surrogate is not"),
+    (lambda: given(lib.vasso(BASE), sam(BASE).init(PLAIN)), r"state of the perturbation is not"),
+    (lambda: given(lib.ae_sam(BASE, 10), sam(BASE).init(PLAIN)), r"state of the policy is not"),
+    (
+        lambda: given(
+            lib.friendly_sam(BASE), lib.friendly_sam(BASE).init(PLAIN | {"kernel": jnp.ones(3)})
+        ),
+        r"the state of the perturbation is not .*of other parameters",
+    ),
+    (
+        lambda: lib.sharpness_aware_value_and_grad(total, sam(BASE)).value_and_grad(PLAIN, None),
+        r"sharpness_aware_value_and_grad: the state is a NoneType",
+    ),
+    (
+        lambda: sam_optax.training.two_gradient_step(total, sam(BASE))(PLAIN, BASE.init(PLAIN)),
+        r"two_gradient_step: the state is a tuple",
+    ),
+    (lambda: given(BAYES, BASE.init(PLAIN)), r"bayesian_sam: the state is a tuple"),
+    # Keys.
+    (lambda: lib.ss_sam(BASE, jnp.zeros(3)), r"`key` must be a PRNG key .*float32\[3\]"),
+    (
+        lambda: lib.m_rwp(BASE, jax.random.split(KEY, 3)),
+        r"`key` must be a PRNG key .*\[3\] of them",
+    ),
+    # Where the parameters are.
+    (lambda: lib.sharpness_aware_loss(total, sam(BASE), argnums=()), r"`argnums` must be an int"),
+    (lambda: lib.sharpness_aware_loss(total, sam(BASE), argnums=True), r"`argnums` must be"),
+    (lambda: lib.sharpness_aware_loss(total, sam(BASE), argnums=(0, 0)), r"several that differ"),
+    (
+        lambda: lib.sharpness_aware_loss(total, sam(BASE))(params=PLAIN),
+        r"does not fit 0 positional arguments. Pass the parameters by position",
+    ),
+    (
+        lambda: sam_optax.training.linen_step(PLAIN, total),
+        r"linen_step: the first argument must be a .*TrainState, got dict",
+    ),
+    (
+        lambda: sam_optax.training.nnx_step(PLAIN, sam(BASE), total),
+        r"nnx_step: .*an nnx.Optimizer for it.*got dict and SharpnessAware",
+    ),
+]
+KERNEL = {"kernel": True, "bias": False}
+BAYES = sam_optax.bayesian_sam(0.1, KEY, 10)
+BARE = surrogates.SurrogateRule(
+    lambda params: (), lambda g, gp, step, state: (gp, state), lambda g, step, state: (g, state)
+)
+
+
+def total(params):
+    return jnp.sum(params["kernel"]) + jnp.sum(params["bias"])
+
+
+def given(tx, state):
+    return tx.update(PLAIN, state, PLAIN, grad_fn=identity)
+
+
+def twice(tx):
+    return sam_optax.training.two_gradient_step(total, tx)(PLAIN, tx.init(PLAIN))
+
+
+@pytest.mark.parametrize(("call", "match"), MISPLACED)
+def test_what_is_misplaced(call, match):
+    with pytest.raises((TypeError, ValueError), match=f"(?s){match}"):
+        call()
+
+
+def test_masks_within_a_perturbation_that_set_a_part_to_zero():
+    """Only where a raw gradient comes out is `optax.masked` refused."""
+    rest = jax.tree.map(lambda keep: not keep, KERNEL)
+    both = (
+        optax.chain(steepest_ascent(0.1), optax.masked(optax.set_to_zero(), rest)),
+        optax.chain(optax.masked(optax.scale(2.0), KERNEL), steepest_ascent(0.1)),
+        optax.partition({True: steepest_ascent(0.1), False: optax.set_to_zero()}, KERNEL),
+        optax.masked(perturbations.project_onto(), KERNEL),
+    )
+    for perturbation in both:
+        sharpness_aware(BASE, perturbation).init(PLAIN)

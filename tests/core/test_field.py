@@ -351,6 +351,25 @@ def test_the_dynamic_mask_drops_the_smallest_and_grows_at_random():
     assert not np.array_equal(flat[0], flat[1])
     same = sam_optax.dynamic_mask(key, grads, 0.5, mask=first, drop=0.0)
     chex.assert_trees_all_equal(same, first)
+    # A share that falls over training is traced: one program for all its values.
+    traced = jax.jit(lambda key, d: sam_optax.dynamic_mask(key, grads, 0.5, mask=first, drop=d))
+    chex.assert_trees_all_equal(traced(jax.random.key(1), 0.4), masks[1])
+
+
+def test_shares_of_a_whole_number_are_exact():
+    """In floats, 0.29 * 100 is below 29, and 1 - 0.8 below 0.2."""
+    x = jnp.ones((2, 100))
+    fisher = sam_optax.fisher_mask(lambda w, x: jnp.mean(x @ w), jnp.ones(100), x, share=0.29)
+    assert fisher.sum() == 29
+    assert sam_optax.dynamic_mask(jax.random.key(0), x[0], 0.58).sum() == 58
+    first = sam_optax.dynamic_mask(jax.random.key(0), x[0], 0.8)
+    new = sam_optax.dynamic_mask(jax.random.key(0), x[0], 0.8, mask=first, drop=1.0)
+    assert new.sum() == 80
+    for empty in (
+        sam_optax.dynamic_mask(jax.random.key(0), {}),
+        sam_optax.fisher_mask(lambda w, x: jnp.mean(x), {}, x),
+    ):
+        assert empty == {}
 
 
 @pytest.mark.parametrize(
@@ -362,6 +381,14 @@ def test_the_dynamic_mask_drops_the_smallest_and_grows_at_random():
         ),
         (lambda: sam_optax.fisher_mask(squared_error, BATCH[0]), "fisher_mask: pass the examples"),
         (lambda: sam_optax.dynamic_mask(jax.random.key(0), BATCH[0], 0.5, drop=2), "`drop`"),
+        (
+            lambda: sam_optax.fisher_mask(squared_error, *BATCH[:2], BATCH[2][:1]),
+            r"fisher_mask: `examples` .*share a leading axis",
+        ),
+        (
+            lambda: sam_optax.fisher_mask(lambda w, x: x @ w, jnp.ones(2), jnp.ones((3, 2))),
+            r"fisher_mask: `loss_fn` must return a real scalar, got float32\[1\]",
+        ),
         (
             lambda: sam_optax.dynamic_mask(jax.random.key(0), BATCH[0], mask={"a": True}),
             "mask must be a tree like params",

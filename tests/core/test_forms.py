@@ -494,3 +494,47 @@ class TestNnx:
             for key in path:
                 a, b = a[key], b[key]
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["replicated", "varying"])
+def test_the_loss_form_where_shard_map_tracks_what_differs(cast):
+    """Each shard ascends along its own gradient; what is averaged outside is averaged once, in
+    parameters, in another argument and in what the loss closes over."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    w, factor = jnp.ones(3), jnp.ones(())
+
+    def loss(w, x, factor):
+        return factor * jnp.mean((x @ w) ** 2), {"size": jnp.sum(w)}
+
+    method = sam(optax.identity(), rho=0.3)
+
+    def local(w, factor, x):
+        w = jax.lax.pcast(w, "data", to="varying") if cast else w
+
+        def mean(w, factor, scale):
+            sharp = sharpness_aware_loss(
+                lambda w, x, factor: loss(w, x, factor * scale), method, has_aux=True
+            )
+            value, aux = sharp(w, x, factor)
+            return jax.lax.pmean(value, "data"), aux
+
+        one = jnp.ones(())
+        found, aux = jax.grad(mean, argnums=(0, 1, 2), has_aux=True)(w, factor, one)
+        found = (jax.lax.psum(found[0], "data") if cast else found[0], *found[1:])
+        return found, (jax.lax.pmean(aux["size"], "data") if cast else aux["size"])
+
+    spec = jax.sharding.PartitionSpec
+    run = jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec(), spec("data")), out_specs=spec())
+    (in_w, in_factor, in_closed), size = jax.jit(run)(w, factor, x)
+
+    def wanted(x):
+        g = jax.grad(lambda w: loss(w, x, 1.0)[0])(w)
+        return jax.grad(lambda w: loss(w, x, 1.0)[0])(w + 0.3 * g / jnp.linalg.norm(g))
+
+    np.testing.assert_allclose(
+        in_w, np.mean([wanted(x[i : i + 2]) for i in range(0, 8, 2)], axis=0), rtol=1e-5
+    )
+    np.testing.assert_allclose(in_factor, jnp.mean((x @ w) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(in_closed, in_factor, rtol=1e-6)
+    assert size == 3

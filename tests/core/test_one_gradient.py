@@ -500,6 +500,10 @@ def _still(first, second):
     return (first, slice(1, None)), (second, slice(None, -1))
 
 
+def chained_zero_nans(base):
+    return optax.chain(optax.zero_nans(), base)
+
+
 @both_ways
 def test_apply_if_finite(in_place):
     given = problem()
@@ -517,6 +521,26 @@ def test_apply_if_finite(in_place):
         before, at = (jax.tree.map(lambda x, i=i: x[i], getattr(found, name)) for i in (2, 3))
         assert_same(at, before)
     assert_close((params, untyped(state).inner_state), alone, rtol=1e-5, atol=1e-6)
+
+
+@both_ways
+@pytest.mark.parametrize("wrap", [lambda base: optax.apply_if_finite(base, 9), chained_zero_nans])
+def test_one_bad_gradient_does_not_spoil_the_next(in_place, wrap):
+    """What the base passes over, the displacement and its momentum pass over too."""
+    given = problem()
+    bad = jax.tree.map(lambda x: x.at[3].set(jnp.nan), given.batches)
+    tx = momentum_sam(wrap(optax.sgd(0.1)), RHO, in_place=in_place)
+    found = jax.jit(lambda: walk(tx, given._replace(batches=bad))[1])()
+    clean, displaced = (
+        np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(tree)], axis=1)
+        for tree in (found.clean, found.displaced)
+    )
+    assert np.isfinite(clean).all() and np.isfinite(displaced).all()
+    away = np.linalg.norm(displaced - clean, axis=1)
+    still = int(np.argmin(away[1:])) + 1
+    np.testing.assert_allclose(np.delete(away, [0, still])[still:], RHO, rtol=1e-4)
+    assert away[still] == 0
+    assert np.all(np.any(clean[still + 1 :] != clean[still:-1], axis=1))
 
 
 @both_ways
@@ -1044,6 +1068,20 @@ BAD = {
     ),
     r"clean_params: .*something follows .*into its `base`": lambda: clean_params(W, FOLLOWED),
     r"displaced_params: .*something follows": lambda: displaced_params(W, ((), {"a": FOLLOWED})),
+    r"clean_params: in this chain, something follows": lambda: clean_params(W, NAMED),
+    r"clean_params: the parameters hold an optimizer's state": lambda: clean_params(
+        STATES[True], W
+    ),
+    r"clean_params: .*restored as plain dictionaries": lambda: clean_params(
+        W, {"0": untyped(STATES[True])._asdict()}
+    ),
+    r"one_gradient: the state is that of `in_place=True`": lambda: single_step_sam(SGD).update(
+        W, STATES[True], W
+    ),
+    r"one_gradient: the state is that of `in_place=False`": lambda: single_step_sam(
+        SGD, in_place=True
+    ).update(W, STATES[False], W),
+    r"one_gradient: the state is a tuple": lambda: single_step_sam(SGD).update(W, SGD.init(W), W),
     r"displaced_params: two one-gradient methods": lambda: displaced_params(
         W, (STATES[False], STATES[False])
     ),
@@ -1055,6 +1093,9 @@ BAD = {
     ),
 }
 STATES = {way: single_step_sam(SGD, in_place=way).init(W) for way in (False, True)}
+NAMED = optax.named_chain(
+    ("method", single_step_sam(SGD, in_place=True)), ("after", optax.scale(0.5))
+).init(W)
 FOLLOWED = optax.chain(single_step_sam(SGD, in_place=True), optax.scale(0.5)).init(W)
 
 

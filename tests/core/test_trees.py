@@ -183,6 +183,13 @@ def test_eps_is_computed_wide_and_rounded_once(dtype):
     np.testing.assert_allclose(state.info.grad_norm, np.linalg.norm(wide), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_stochastic_rounding_to_dtypes_without_infinity(dtype):
+    part, w = stochastic_rounding(jax.random.key(0)), jnp.ones(10_000, dtype)
+    eps, _ = part.update(jnp.full(10_000, 0.01), part.init(w), w, step=0)
+    np.testing.assert_allclose(np.mean(untyped(eps)), 0.01, rtol=0.1)
+
+
 def test_stochastic_rounding_keeps_what_rounding_to_nearest_absorbs():
     """eps far below the spacing of bfloat16: gone with rounding to nearest, right in the mean."""
     w = jnp.full(40_000, 1.5, jnp.bfloat16)

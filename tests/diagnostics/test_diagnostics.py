@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from sam_optax import diagnostics
 from sam_optax.perturbations import steepest_ascent
+from tests.oracles.rows import untyped
 
 KEY = jax.random.key(0)
 
@@ -654,6 +655,10 @@ BAD = {
         lambda: D.loss_slice_2d(SCALAR, ONES, ONES, ONES, ONES, jnp.ones((2, 2))),
         "`betas` must have one axis",
     ),
+    "points without an axis": (
+        lambda: D.slice_coordinates(0.0, jnp.ones(()), jnp.ones(()), jnp.ones(())),
+        "slice_coordinates: `points` must be a tree of arrays that share",
+    ),
     "points unlike params": (
         lambda: D.slice_coordinates(jnp.ones((5, 4)), ONES, ONES, ONES),
         "every one of `points` must have the shapes",
@@ -699,7 +704,15 @@ def test_bad_values(name):
         (lambda: D.hessian_trace(SCALAR, ONES, NO_KEY), "`key` must be a PRNG key"),
         (lambda: D.filter_normalized_direction(NO_KEY, ONES), "`key` must be a PRNG key"),
         (lambda: D.sharpness(SCALAR, ONES, lambda step: 0.1), "`rho` must be a number.*schedule"),
-        (lambda: D.sharpness(SCALAR, ONES, "0.1"), "`rho` must be a number"),
+        (lambda: D.sharpness(SCALAR, ONES, "0.1"), r"`rho` must be a number in \[0, inf\), got"),
+        (
+            lambda: untyped(D).sharpness(SCALAR, ONES, 0.1, scale=2),
+            "`scale` must be None or a function",
+        ),
+        (
+            lambda: untyped(D).sharpness(ONES, SCALAR, 0.1),
+            "sharpness: .* is a function. The loss comes first",
+        ),
         (
             lambda: D.hessian_trace(SCALAR, ONES, KEY, num_samples=HALVES),
             "`num_samples` must be an int",

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 
 from sam_optax import plots
 from sam_optax.diagnostics import GradientNormStatistics
+from tests.oracles.rows import untyped
 
 ALPHAS, BETAS = np.linspace(-1, 2, 4), np.linspace(-3, 3, 5)
 LOSSES = ALPHAS[:, None] ** 2 + 10 * BETAS
@@ -133,8 +134,10 @@ def test_ascended_share():
         ),
         (lambda: plots.plot_ascended_share([True], window=0), "`window` must be an integer"),
         (lambda: plots.plot_ascended_share(True), "`ascended` must have shape"),
+        (lambda: plots.plot_ascended_share([]), "`ascended` is empty"),
+        (lambda: untyped(plots).plot_normal_quantiles(3), "`statistics` must be .*, got int"),
     ],
 )
 def test_bad_values(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

@@ -32,6 +32,7 @@ def counts(w, x, y):
         "correct": jnp.sum(guess == y),
         "confusion": jnp.zeros((CLASSES, CLASSES), jnp.int32).at[y, guess].add(1),
         "short": jnp.sum(guess == y, dtype=jnp.int8),
+        "unsigned": jnp.sum(guess == y, dtype=jnp.uint32),
         "accuracy": jnp.mean(guess == y),
         "loss": loss,
         "bad": jnp.any(y == 2),
@@ -82,7 +83,7 @@ def test_batches_by_keyword(options):
     for bad in ({"weights": jnp.ones(16)}, {"extra": {"weights": np.ones((16, 2))}}):
         with pytest.raises(ValueError, match=r"two_gradient_step: .*weights.*by position.*argnums"):
             step(W, state, X, Y, **bad)
-    with pytest.raises(ValueError, match=r"two_gradient_step: the batch arguments must share"):
+    with pytest.raises(ValueError, match=r"two_gradient_step: .*found none.* by position"):
         step(W, state, x=X, y=Y)
     # It may be that it belongs to no example: then the batch is named.
     named = two_gradient_step(loss_fn, TX, has_aux=True, batch_argnums=(0, 1), **options)
@@ -90,3 +91,29 @@ def test_batches_by_keyword(options):
     jax.eval_shape(step, W, state, X, Y, weights=jnp.ones(3))
     # Whole, nothing is cut.
     jax.eval_shape(two_gradient_step(loss_fn, TX, has_aux=True), W, state, x=X, y=Y)
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_an_axis_of_examples_and_more_is_refused(options):
+    """[batch * tokens] and [tokens * batch] look alike, and are put together differently."""
+
+    def loss(w, x, y):
+        logits = x @ w
+        return jnp.mean(logits**2), logits.reshape(-1)
+
+    step = two_gradient_step(loss, TX, has_aux=True, **options)
+    with pytest.raises(ValueError, match=r"`aux` of shape .*\[batch, tokens\].*`aux_reduce="):
+        jax.eval_shape(step, W, TX.init(W), X, Y)
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_arguments_that_are_no_arrays(options):
+    """What `batch_argnums` leaves whole may be anything, as without cutting."""
+
+    def loss(w, mode, x, y):
+        return loss_fn(w, x, y) if mode == "train" else (0.0, {})
+
+    step = two_gradient_step(loss, TX, has_aux=True, batch_argnums=(1, 2), **options)
+    found = step(W, TX.init(W), "train", X, Y)[0]
+    wanted = two_gradient_step(loss_fn, TX, has_aux=True, **options)(W, TX.init(W), X, Y)[0]
+    np.testing.assert_array_equal(found, wanted)

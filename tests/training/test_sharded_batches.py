@@ -94,6 +94,9 @@ STEPS = {
     "weighted": lambda n: weighted_sharpness_step(
         losses, SAM, lambda x: x[:, 0] ** 2, num_groups=n
     ),
+    "micro-batches of fewer examples than devices": lambda n: two_gradient_step(
+        loss_fn, SAM, num_microbatches=2 * n
+    ),
     "esam": lambda n: esam_step(losses, SAM, gamma=n / 16),
     "ksam": lambda n: ksam_step(losses, SAM, gamma=n / 16),
 }
