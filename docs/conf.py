@@ -90,7 +90,14 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "show_prev_next": False,
-    "secondary_sidebar_items": ["page-toc"],
+    # Wide tables get the room of the page's own contents.
+    "secondary_sidebar_items": {
+        "**": ["page-toc"],
+        "methods/library": [],
+        "methods/index": [],
+        "papers/results": [],
+        "benchmarks": [],
+    },
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -4,8 +4,8 @@ Spectra before and after
 
 The Hessian's eigenvalues of a small network on the whole of its data, where training begins and
 where SGD and SAM end, at a small radius and at a large one. The small one leaves the largest
-eigenvalue where SGD had it; the large one does not. All are drawn, 114 of them, since the network is
-small enough for ``jax.hessian``; for others there is
+eigenvalue where SGD had it; the large one does not. All are drawn, 114 of them, since the network
+is small enough for ``jax.hessian``; for others there is
 `sam_optax.diagnostics.hessian_spectral_density`.
 """
 
