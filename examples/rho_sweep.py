@@ -33,7 +33,6 @@ import sam_optax
 from sam_optax.training import two_gradient_step
 
 BATCH_SIZE = 128
-STEPS = TRAIN // BATCH_SIZE  # of an epoch
 RADII = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -71,39 +70,63 @@ class Sweep(NamedTuple):
     accuracy: np.ndarray
 
 
-def sweep(method: Method, radii: jax.Array, noise: float, args: argparse.Namespace) -> np.ndarray:
-    """Test accuracy f32[decays, radii, seeds] after the last epoch."""
+def steps_of(epochs: int, held_out: int = 0) -> int:
+    """The number of steps of a run."""
+    return epochs * ((TRAIN - held_out) // BATCH_SIZE)
+
+
+def learning_rate(epochs: int, held_out: int = 0) -> optax.Schedule:
+    """That of every run."""
+    return optax.cosine_decay_schedule(0.05, steps_of(epochs, held_out))
+
+
+def sweep(
+    build: Callable,
+    radii: Sequence[float] | np.ndarray,
+    decays: Sequence[float],
+    noise: float,
+    epochs: int,
+    seeds: int,
+    held_out: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy after the last epoch, f32[decays, radii, seeds]: on the clean test set, and on the
+    training images held out, with their wrong labels (without such images, 0)."""
     digits = load()
     images = jnp.asarray(digits.train_images)
-    rngs = [np.random.default_rng(seed) for seed in range(args.seeds)]
+    rngs = [np.random.default_rng(seed) for seed in range(seeds)]
     labels = [flip_labels(digits.train_labels, noise, rng) for rng in rngs]
-    starts = [nnx.split(Classifier(nnx.Rngs(seed))) for seed in range(args.seeds)]
+    starts = [nnx.split(Classifier(nnx.Rngs(seed))) for seed in range(seeds)]
     graphdef = starts[0][0]
     params = jax.tree.map(lambda *x: jnp.stack(x), *(params for _, params in starts))
-    rate = optax.cosine_decay_schedule(0.05, args.epochs * STEPS)
+    rate, seen = learning_rate(epochs, held_out), TRAIN - held_out
+    steps = steps_of(1, held_out)
 
     def train(decay, rho, params, labels, key):
         base = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))
-        tx = method.build(base, rho)
+        tx = build(base, rho)
         step = two_gradient_step(make_loss(graphdef), tx)
 
         def epoch(carry, key):
-            order = jax.random.permutation(key, TRAIN)[: STEPS * BATCH_SIZE]
-            batches = order.reshape(STEPS, BATCH_SIZE)
+            order = jax.random.permutation(key, seen)[: steps * BATCH_SIZE]
+            batches = order.reshape(steps, BATCH_SIZE)
             return jax.lax.scan(
                 lambda carry, i: (step(*carry, images[i], labels[i])[:2], None), carry, batches
             )
 
         carry = (params, tx.init(params))
-        (params, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, args.epochs))
-        return accuracy(graphdef, params, digits.test_images, digits.test_labels)
+        (params, _), _ = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+        test = accuracy(graphdef, params, digits.test_images, digits.test_labels)
+        if not held_out:
+            return test, jnp.zeros_like(test)
+        return test, accuracy(graphdef, params, images[seen:], labels[seen:])
 
     program = jax.vmap(train, (None, None, 0, 0, 0))
     program = jax.vmap(program, (None, 0, None, None, None))
     program = jax.jit(jax.vmap(program, (0, None, None, None, None)))
-    keys = jax.random.split(jax.random.key(0), args.seeds)
-    decays = jnp.asarray(args.weight_decay, jnp.float32)
-    return np.asarray(program(decays, radii, params, jnp.stack(labels), keys))
+    keys = jax.random.split(jax.random.key(0), seeds)
+    numbers = (jnp.asarray(x, jnp.float32) for x in (decays, radii))
+    test, held = program(*numbers, params, jnp.stack(labels), keys)
+    return np.asarray(test), np.asarray(held)
 
 
 def default(method: Method) -> float:
@@ -156,7 +179,7 @@ def table_of(found: dict[str, Sweep], noise: float, args: argparse.Namespace) ->
                 table.add_row(
                     f"{decay:g}",
                     name,
-                    f"{gradients * args.epochs * STEPS}",
+                    f"{gradients * steps_of(args.epochs)}",
                     f"{rho:g}" if rho else "-",
                     f"{percent.mean():.1f} ± {percent.std():.1f}",
                     f"{ahead.mean():+.1f} ± {error:.1f}" if rho else "",
@@ -175,15 +198,18 @@ def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, Sweep]]:
     parser.add_argument("--output", type=Path, default=Path("rho_sweep.png"))
     args = parser.parse_args(argv)
 
+    def accuracies(method, radii, noise):
+        test, _ = sweep(method.build, radii, args.weight_decay, noise, args.epochs, args.seeds)
+        return Sweep(radii, test)
+
     results = {}
     for noise in args.label_noise:
         # At radius 0, every method is its base optimizer.
-        zero = np.zeros(1, np.float32)
-        base = sweep(METHODS["single_step_sam"], jnp.asarray(zero), noise, args)
-        results[noise] = {"base optimizer": Sweep(zero, base)}
+        base = accuracies(METHODS["single_step_sam"], np.zeros(1, np.float32), noise)
+        results[noise] = {"base optimizer": base}
         for name, method in METHODS.items():
             radii = method.factor * np.array(args.radii, np.float32)
-            results[noise][name] = Sweep(radii, sweep(method, jnp.asarray(radii), noise, args))
+            results[noise][name] = accuracies(method, radii, noise)
         Console(width=100).print(table_of(results[noise], noise, args))
     draw(results, args)
     print(f"Accuracy over the radius: {args.output}")
