@@ -27,7 +27,6 @@ SAM-noise; ``other batch`` and ``3 batches`` ascend along the gradient of a batc
 the batch together with two others (SAM-db, and Figure 2c of Friendly SAM).
 """
 
-import argparse
 import dataclasses
 import datetime
 import hashlib
@@ -42,12 +41,13 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from rich.console import Console
 from rich.table import Table
 from tabulate import tabulate
@@ -92,6 +92,53 @@ class Cell:
     probe_batches: int = 0
 
 
+@dataclasses.dataclass
+class Arguments:
+    """The command line."""
+
+    experiment: tyro.conf.Positional[str]
+    """list, which prints what there is; all; or one of those."""
+    scale: Literal["smoke", "short", "paper"] = "smoke"
+    """How large."""
+    data_dir: str | None = None
+    """Directory with the data sets' files."""
+    results: str | None = None
+    """Directory of results; else results, and of smoke runs none."""
+    seeds: int | None = None
+    """Number of seeds, in place of the scale's."""
+    only: str | None = None
+    """Regular expression: blocks whose whole label matches."""
+    rows: str | None = None
+    """Regular expression: rows whose whole label matches."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation."""
+    replace: tuple[str, ...] = ()
+    """OLD=NEW, names of data sets."""
+    argv: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    @property
+    def replaced(self) -> list[tuple[str, str]]:
+        """Data sets, and those in their places."""
+        pairs = (pair.partition("=") for pair in self.replace)
+        return [(old, new) for old, _, new in pairs]
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be."""
+        if self.experiment not in ("list", "all", *SETTINGS):
+            raise ValueError(f"no experiment {self.experiment!r}; `list` prints what there is")
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"--seeds must be above 0, got {self.seeds}")
+        for text, pair in zip(self.replace, self.replaced, strict=True):
+            if not set(pair) <= set(data_sets.NAMES):
+                names = ", ".join(data_sets.NAMES)
+                raise ValueError(f"--replace takes OLD=NEW, two of {names}; got {text!r}")
+        for text in filter(None, (self.only, self.rows)):
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ValueError(f"{text!r} is no regular expression: {error}") from None
+
+
 class Job(NamedTuple):
     """What the command line asks for.
 
@@ -107,7 +154,7 @@ class Job(NamedTuple):
     name: str
     experiment: dict
     scale: dict
-    args: argparse.Namespace
+    args: Arguments
     store: pathlib.Path
     console: Console
 
@@ -134,7 +181,7 @@ def _scaled(settings: dict, job: Job) -> dict:
         override.pop("hessian_examples", None)
     out = out | override
     out["model"] = scale.get("models", {}).get(out["model"], out["model"])
-    out["dataset"] = dict(job.args.replace).get(out["dataset"], out["dataset"])
+    out["dataset"] = dict(job.args.replaced).get(out["dataset"], out["dataset"])
     if out["dataset"] not in data_sets.FOLDERS:  # Where images are no files, none is cut from one.
         out["augment"] = [name for name in out.get("augment", []) if name != "resized-crop"]
     out.setdefault("dtype", _dtype(job))
@@ -500,7 +547,7 @@ def _scaled_down(job: Job) -> str:
         notes.append("the first and the last value of the sweep")
     if "full gradient" in str(experiment["blocks"]) and scale["full_examples"]:
         notes.append(f"full gradients over {scale['full_examples']} training examples")
-    notes += [f"{old} replaced by {new}" for old, new in job.args.replace]
+    notes += [f"{old} replaced by {new}" for old, new in job.args.replaced]
     if jax.default_backend() != "cpu" and "override" not in scale:
         notes.append(f"computed in {_dtype(job)}, parameters in float32")
     return "; ".join(notes)
@@ -508,7 +555,7 @@ def _scaled_down(job: Job) -> str:
 
 def table(job: Job) -> None:
     """Ours beside the paper's, a row for each cell; a line plot where there is an x."""
-    measure, best = (kind.get(job.experiment["measure"]) for kind in (MEASURES, BEST))
+    measure, best = MEASURES[name := job.experiment["measure"]], BEST.get(name)
     rows, lines, levels = [], {}, {}
     for cell in cells(job):
         reports = [obtain(cell, seed, job) for seed in range(job.seeds)]
@@ -805,56 +852,17 @@ def _describe(job: Job) -> None:
     console.print(_scaled_down(job), highlight=False)
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, rest = str(__doc__).split("\n", 1)
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-    commands.add_parser("list", help="print what there is")
-    texts = {"all": "every experiment"} | {k: v["title"] for k, v in SETTINGS.items()}
-
-    def pair(text):
-        old, _, new = text.partition("=")
-        if old not in data_sets.NAMES or new not in data_sets.NAMES:
-            raise argparse.ArgumentTypeError(f"OLD=NEW, two of {', '.join(data_sets.NAMES)}")
-        return old, new
-
-    def regex(text):
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no regular expression: {error}"
-            ) from None
-        return text
-
-    for name, title in texts.items():
-        command = commands.add_parser(name, help=title.replace("%", "%%"))
-        command.add_argument("--scale", choices=tuple(SCALES), default="smoke")
-        command.add_argument("--data-dir", help="directory with the data sets' files")
-        command.add_argument("--results", help="directory of results (default: results)")
-        command.add_argument(
-            "--seeds", type=train.positive, help="number of seeds, in place of the scale's"
-        )
-        command.add_argument(
-            "--only", type=regex, metavar="REGEX", help="blocks whose whole label matches"
-        )
-        command.add_argument(
-            "--rows", type=regex, metavar="REGEX", help="rows whose whole label matches"
-        )
-        command.add_argument("--dtype", choices=("float32", "bfloat16"))
-        command.add_argument(
-            "--replace", type=pair, nargs="*", default=[], metavar="OLD=NEW", help="data sets"
-        )
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns an exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
+    prog = "python -m examples.papers.reproduce"
+    args = tyro.cli(Arguments, prog=prog, description=__doc__, args=words)
+    args.argv = tuple(words)
+    try:
+        args.check()
+    except ValueError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 2
     console = Console()
     console.width = max(console.width, 130)  # narrower, a table breaks its numbers
     if args.experiment == "list":
@@ -871,7 +879,7 @@ def main(argv: list[str] | None = None) -> int:
         return max(_reproduce(name, args, pathlib.Path(root), console) for name in names)
 
 
-def _reproduce(name: str, args: argparse.Namespace, root: pathlib.Path, console: Console) -> int:
+def _reproduce(name: str, args: Arguments, root: pathlib.Path, console: Console) -> int:
     """One experiment; returns an exit status."""
     experiment = SETTINGS[name]
     scale = SCALES[args.scale] | experiment.get(args.scale, {})

@@ -28,10 +28,9 @@ method beside them (``rho = 0.2``), and compositions::
     rho = 0.1
 
 `Run` holds what a run needs and is the place to start your own from: it starts, trains an epoch,
-evaluates. `fit` adds the files: metrics as CSV (and for TensorBoard, when tensorboardX or PyTorch
-is installed), learning curves as PNG, a checkpoint after every epoch. A resumed run is
-bit-identical to one that was never stopped: every random number is a function of the seed and the
-step alone.
+evaluates. `fit` adds the files: metrics (``--log csv`` or ``tensorboard``), learning curves as PNG,
+a checkpoint after every epoch. A resumed run is bit-identical to one that was never stopped: every
+random number is a function of the seed and the step alone.
 
 On an accelerator an epoch is one program, a ``lax.scan`` over a data set that stays on the device.
 On a CPU it is a Python loop over steps: XLA's CPU backend is tens of times slower at convolutions
@@ -42,10 +41,11 @@ and batch statistics are then those of the whole batch, and so is the perturbati
 the gradients of parts of it, m-sharpness, pass ``--groups``; it does not depend on the devices.
 """
 
-import argparse
 import csv
 import dataclasses
 import functools
+import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -54,12 +54,13 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
@@ -74,68 +75,93 @@ from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradie
 # --- Settings -------------------------------------------------------------------------------------
 
 
-def _setting(default: Any, text: str, **more: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, **more})
-
-
 _POSITIVE = ("width", "epochs", "batch_size", "groups", "microbatches")
 _PARTS = ("perturbation", "surrogate", "policy")
+_CHOICES = {
+    "dataset": data_sets.NAMES,
+    "noise_kind": ("other", "any"),
+    "dtype": ("float32", "bfloat16"),
+    "schedule": ("cosine", "constant"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; the command line and TOML files use these names."""
 
-    dataset: str = _setting("digits", "which data", choices=data_sets.NAMES)
-    data_dir: str | None = _setting(None, "directory with the data set's files", type=str)
-    subset: int = _setting(0, "number of training examples to use; 0: all")
-    validation: float = _setting(0.0, "share of the training set held out for validation")
-    label_noise: float = _setting(0.0, "share of training labels drawn anew")
-    noise_kind: str = _setting(
-        "other", "from the other classes, or from any", choices=("other", "any")
-    )
-    augment: tuple[str, ...] = _setting(
-        (), "crop, flip, cutout; of an image-folder resized-crop", type=str
-    )
-    image_size: int = _setting(
-        0, "side of the model's images; 0: 224 of a folder's, else their own"
-    )
-    workers: int = _setting(0, "processes that read an image-folder; 0: threads")
-    cutout_size: int = _setting(16, "side of the hole, in pixels")
-    label_smoothing: float = _setting(0.0, "share of the target spread over all classes")
+    dataset: str = "digits"
+    """Which data, one of those that `examples.papers.data` names, such as cifar10."""
+    data_dir: str | None = None
+    """Directory with the data set's files."""
+    subset: int = 0
+    """Number of training examples to use; 0: all."""
+    validation: float = 0.0
+    """Share of the training set held out for validation."""
+    label_noise: float = 0.0
+    """Share of training labels drawn anew."""
+    noise_kind: str = "other"
+    """From the other classes, or from any."""
+    augment: tuple[str, ...] = ()
+    """crop, flip, cutout; of an image-folder resized-crop."""
+    image_size: int = 0
+    """Side of the model's images; 0: 224 of a folder's, else their own."""
+    workers: int = 0
+    """Processes that read an image-folder; 0: threads."""
+    cutout_size: int = 16
+    """Side of the hole, in pixels."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
 
-    model: str = _setting("mlp", "; ".join(models.NAMES))
-    width: float = _setting(1.0, "factor on the model's numbers of channels")
-    init_from: str = _setting("", "checkpoint to start from: .safetensors, or Orbax's directory")
-    init_without: str = _setting("", "module that starts anew, for other classes: head, fc")
-    model_ema: float = _setting(0.0, "decay of an average of the model that is evaluated; 0: none")
-    dtype: str = _setting("float32", "of the computation", choices=("float32", "bfloat16"))
+    model: str = "mlp"
+    """One of those that `examples.papers.models` names, such as resnet18, wrn28-10, vit-s4."""
+    width: float = 1.0
+    """Factor on the model's numbers of channels."""
+    init_from: str = ""
+    """Checkpoint to start from: .safetensors, or Orbax's directory."""
+    init_without: str = ""
+    """Module that starts anew, for other classes: head, fc."""
+    model_ema: float = 0.0
+    """Decay of an average of the model that is evaluated; 0: none."""
+    dtype: str = "float32"
+    """Of the computation: float32 or bfloat16."""
 
-    method: str = _setting("sam", ", ".join((*methods.METHODS, "composition")))
-    options: dict = dataclasses.field(default_factory=dict)
+    method: str = "sam"
+    """A method of the library, base, tail, esam, ksam or composition; options by name: --rho 1."""
+    options: tyro.conf.Suppress[dict] = dataclasses.field(default_factory=dict)
     # Of a composition: a table or a list of tables, a table, a table.
-    perturbation: Any = None
-    surrogate: Any = None
-    policy: Any = None
-    base: Any = dataclasses.field(
-        default="sgd",
-        metadata={"help": "an optimizer of Optax; in TOML, a table with arguments", "type": str},
-    )
-    momentum: float = _setting(0.9, "of sgd")
-    weight_decay: float = _setting(5e-4, "on all parameters, inside the base optimizer")
-    clip_norm: float = _setting(0.0, "largest norm of what the base optimizer sees; 0: none")
-    groups: int = _setting(1, "parts of the batch with a perturbation of their own")
-    microbatches: int = _setting(1, "parts of the batch that are computed one after the other")
+    perturbation: tyro.conf.Suppress[Any] = None
+    surrogate: tyro.conf.Suppress[Any] = None
+    policy: tyro.conf.Suppress[Any] = None
+    base: str | dict = "sgd"
+    """An optimizer of Optax; in TOML, a table with arguments."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 5e-4
+    """On all parameters, inside the base optimizer."""
+    clip_norm: float = 0.0
+    """Largest norm of what the base optimizer sees; 0: none."""
+    groups: int = 1
+    """Parts of the batch with a perturbation of their own."""
+    microbatches: int = 1
+    """Parts of the batch that are computed one after the other."""
 
-    learning_rate: float = _setting(0.1, "peak")
-    schedule: str = _setting("cosine", "of the learning rate", choices=("cosine", "constant"))
-    warmup_epochs: float = _setting(0.0, "epochs of linear warm-up from 0")
-    epochs: int = _setting(20, "passes over the training set")
-    batch_size: int = _setting(128, "examples per step; what is left over waits for the next epoch")
-    seed: int = _setting(0, "of everything random")
+    learning_rate: float = 0.1
+    """Peak."""
+    schedule: str = "cosine"
+    """Of the learning rate: cosine or constant."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0."""
+    epochs: int = 20
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Examples per step; what is left over waits for the next epoch."""
+    seed: int = 0
+    """Of everything random."""
 
-    hessian_examples: int = _setting(256, "training examples for lambda_max; 0: not computed")
-    devices: int = _setting(0, "number of devices; 0: all")
+    hessian_examples: int = 256
+    """Training examples for lambda_max; 0: not computed."""
+    devices: int = 0
+    """Number of devices; 0: all."""
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "Config":
@@ -154,7 +180,7 @@ class Config:
             if not isinstance(known.get(name, kinds[0]()), kinds):
                 raise ValueError(f"{name} cannot be {known[name]!r}")
         for name, value in known.items():
-            kind, choices = type(fields[name].default), fields[name].metadata.get("choices")
+            kind, choices = type(fields[name].default), _CHOICES.get(name)
             if kind in (int, float, str) and name not in ("base", "data_dir"):
                 right = isinstance(value, int | float) if kind is float else type(value) is kind
                 if not right:
@@ -671,15 +697,21 @@ def _write_curves(path: pathlib.Path, history: list[dict]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _tensorboard(out: pathlib.Path) -> Any:
-    """A writer, where a package for it is installed; else None."""
-    for package in ("tensorboardX", "torch.utils.tensorboard"):
-        try:
-            module = __import__(package, fromlist=["SummaryWriter"])
-        except ImportError:
-            continue
-        return module.SummaryWriter(str(out / "tensorboard"))
-    return None
+def logger(kind: str, out: pathlib.Path) -> Callable[[list[dict]], None]:
+    """What writes metrics after every epoch, from all epochs' so far."""
+    if kind == "csv":
+        return lambda history: _write_csv(out / "metrics.csv", history)
+    try:
+        board = importlib.import_module("tensorboardX").SummaryWriter(str(out / "tensorboard"))
+    except ImportError:
+        raise ValueError("--log tensorboard: pip install tensorboardX") from None
+
+    def write_scalars(history):
+        for name, value in _scalars_only(history[-1]).items():
+            board.add_scalar(name, value, history[-1]["epoch"])
+        board.flush()
+
+    return write_scalars
 
 
 def _progress(console: Console, show: bool) -> Progress:
@@ -720,19 +752,21 @@ def fit(
     run: Run | None = None,
     on_epoch: Callable[[Run, State, int], dict] | None = None,
     checkpoint_every: int = 1,
+    log: str = "csv",
     show: bool = True,
 ) -> dict[str, Any]:
     """Train, evaluate after every epoch, write files, and report.
 
     Args:
         config: the settings.
-        out: directory for ``config.json``, ``metrics.csv``, ``curves.png``, ``checkpoints``,
-            ``report.json`` and TensorBoard's files; None: nothing is written.
+        out: directory for ``config.json``, ``metrics.csv`` or TensorBoard's files, ``curves.png``,
+            ``checkpoints`` and ``report.json``; None: nothing is written.
         resume: go on from the last checkpoint in ``out``, if there is one.
         run: a `Run` in place of ``Run(config)``.
         on_epoch: ``(run, state, epochs done) -> dict``, after every epoch; what it returns joins
             the metrics, lists included.
         checkpoint_every: epochs from one checkpoint to the next.
+        log: "csv" or "tensorboard", see `logger`.
         show: whether to print progress.
 
     Returns:
@@ -746,13 +780,13 @@ def fit(
     """
     console = Console(stderr=True)
     run = Run(config) if run is None else run
-    state, history, manager, board = run.start(), [], None, None
+    state, history, manager, write_metrics = run.start(), [], None, None
     if out is not None:
         out = pathlib.Path(out)
         check_directory(out, config, resume)
         out.mkdir(parents=True, exist_ok=True)
         write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        manager, board = _checkpoints(out, checkpoint_every), _tensorboard(out)
+        manager, write_metrics = _checkpoints(out, checkpoint_every), logger(log, out)
         if (done := manager.latest_step()) is not None:
             state, history = _restore(manager, done, state)
             if show:
@@ -801,12 +835,9 @@ def fit(
                     f"SAM {row['percent_sam']:.0f}%  {row['seconds']:.2f} s",
                     highlight=False,
                 )
-            if out is not None:
-                _write_csv(out / "metrics.csv", history)
+            if write_metrics is not None:
+                write_metrics(history)
                 _save(manager, epoch + 1, state, history, epoch + 1 == config.epochs)
-            if board is not None:
-                for name, value in _scalars_only(row).items():
-                    board.add_scalar(name, value, epoch + 1)
 
     report = _report(run, state, history, before)
     if out is not None:
@@ -814,8 +845,6 @@ def fit(
         write(out / "report.json", json.dumps(report, indent=1))
     if manager is not None:
         manager.close()
-    if board is not None:
-        board.close()
     return report
 
 
@@ -848,74 +877,66 @@ def _report(run: Run, state: State, history: list[dict], before: int) -> dict[st
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def _option_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every option of every method, with the methods that take it."""
-    takers: dict[str, list[str]] = {}
-    for method in methods.METHODS:
-        for name, default in methods.options_of(method).items():
-            if name not in ("adaptive_mask", "rows"):
-                takers.setdefault(name, []).append(f"{method} ({default})")
-    group = parser.add_argument_group("options of the methods (and their defaults)")
-    kinds = {"k": int, "num_steps": int, "ema": str, "minimize": str}
-    for name, by in takers.items():
-        flag = "--" + name.replace("_", "-")
-        kind = kinds.get(name, float)
-        group.add_argument(flag, type=kind, default=None, dest=name, help=", ".join(by))
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The command line."""
+
+    settings: tyro.conf.OmitArgPrefixes[Config] = Config()
+    config: str | None = None
+    """TOML file; the command line overrides it."""
+    out: str | None = None
+    """Directory for metrics, curves and checkpoints; else none."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the last checkpoint."""
+    checkpoint_every: int = 1
+    """Epochs from one checkpoint to the next."""
+    log: Literal["csv", "tensorboard"] = "csv"
+    """How metrics are written: to metrics.csv, or for TensorBoard."""
+    seeds: tuple[int, ...] = ()
+    """Several runs, in place of --seed."""
+    tune: tuple[str, ...] = ()
+    """An option and its values: a run for each, ranked by validation accuracy."""
 
 
-def positive(text: str) -> int:
-    """An argument's type: an integer above 0."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
-    return number
+def _file(argv: list[str]) -> dict[str, Any]:
+    """The settings of the file that the command line names."""
+    path = next((after for word, after in itertools.pairwise(argv) if word == "--config"), None)
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(pathlib.Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--config {path}: {error}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, rest = str(__doc__).split("\n", 1)
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+def _options(words: list[str]) -> dict[str, Any]:
+    """Options of a method: all that is neither a setting nor of the command line."""
+    names, values = words[::2], words[1::2]
+    if len(words) % 2 or not all(name.startswith("--") for name in names):
+        raise ValueError(f"unknown arguments: {' '.join(words)}")
+    return {
+        name[2:].replace("-", "_"): _value(value) for name, value in zip(names, values, strict=True)
+    }
+
+
+def read_command(argv: list[str]) -> tuple[Command, dict[str, Any]]:
+    """The command line, and the settings that it and its file make."""
+    file = Config.read(_file(argv))
+    command, rest = tyro.cli(
+        Command,
+        prog="python -m examples.papers.train",
+        description=__doc__,
+        args=argv,
+        default=Command(file),
+        return_unknown_args=True,
     )
-    parser.add_argument("--config", help="TOML file; the command line overrides it")
-    parser.add_argument("--out", help="directory for metrics, curves and checkpoints; else none")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--checkpoint-every", type=positive, default=1, metavar="EPOCHS")
-    parser.add_argument("--seeds", type=int, nargs="+", help="several runs, in place of --seed")
-    parser.add_argument(
-        "--tune",
-        nargs="+",
-        metavar=("OPTION", "VALUE"),
-        help="one run per value of an option, ranked by validation accuracy (needs --validation)",
-    )
-    group = parser.add_argument_group("settings (and their defaults)")
-    for field in dataclasses.fields(Config):
-        if field.name in ("options", *_PARTS):
-            continue
-        more = dict(field.metadata)
-        text = f"{more.pop('help')} ({field.default})".replace("%", "%%")
-        kind = more.pop("type", type(field.default))
-        if field.name == "augment":
-            more["nargs"] = "*"
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=None, dest=field.name, help=text, **more)
-    _option_flags(parser)
-    return parser
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The file's settings under those of the command line."""
-    settings: dict[str, Any] = {}
-    if args.config:
-        try:
-            settings = tomllib.loads(pathlib.Path(args.config).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"--config {args.config}: {error}") from None
-    ours = ("config", "out", "resume", "checkpoint_every", "seeds", "tune")
-    given = {k: v for k, v in vars(args).items() if k not in ours and v is not None}
-    if given.get("method", settings.get("method")) != settings.get("method"):
-        # Another method than the file's: its options are not meant for this one.
-        fields = {field.name for field in dataclasses.fields(Config)} - {"options", *_PARTS}
-        settings = {k: v for k, v in settings.items() if k in fields}
-    return settings | given
+    names = [field.name for field in dataclasses.fields(Config)]
+    settings = {name: getattr(command.settings, name) for name in names}
+    if settings["method"] != file.method:  # whose options and parts are not meant for this one
+        settings |= {"options": {}, **dict.fromkeys(_PARTS)}
+    if command.checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be above 0, got {command.checkpoint_every}")
+    return command, settings | {"options": settings["options"] | _options(rest)}
 
 
 def _value(text: str) -> Any:
@@ -926,18 +947,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def _variants(args: argparse.Namespace) -> list[tuple[str, Config]]:
+def _variants(command: Command, settings: dict[str, Any]) -> list[tuple[str, Config]]:
     """The runs that the command line asks for, by name."""
-    settings = _settings(args)
-    seeds = [settings.get("seed", 0)] if args.seeds is None else args.seeds
-    if not args.tune:
+    seeds = command.seeds or (settings["seed"],)
+    if not command.tune:
         return [(f"seed {s}", Config.read(settings | {"seed": s})) for s in seeds]
-    option, *values = args.tune
+    option, *values = command.tune
     option = option.replace("-", "_")
-    if not settings.get("validation"):
+    if not settings["validation"]:
         raise ValueError("--tune ranks by validation accuracy; pass --validation 0.1")
     if not values:
-        raise ValueError("--tune takes an option and its values: --tune rho 0.05 0.1 0.2")
+        raise ValueError("--tune takes an option and its values: --tune rho 0.02 0.05 0.1 0.2")
     return [
         (f"{option} {v}, seed {s}", Config.read(settings | {option: _value(v), "seed": s}))
         for v in values
@@ -966,43 +986,47 @@ def _show(console: Console, reports: dict[str, dict], spread: bool) -> None:
     console.print(table)
 
 
-def _complain(parser: argparse.ArgumentParser, error: Exception) -> int:
-    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+def _complain(error: Exception) -> int:
+    print(f"train.py: error: {error}", file=sys.stderr)
     return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns an exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
     console, reports = Console(), {}
     folders: dict[str, pathlib.Path | None] = {}
     try:
-        if args.resume and not args.out:
+        command, settings = read_command(sys.argv[1:] if argv is None else argv)
+        if command.resume and not command.out:
             raise ValueError("--resume goes on with the run in --out; pass it")
-        variants = _variants(args)
+        variants = _variants(command, settings)
         # All of them before the first one trains.
         for name, config in variants:
-            out = pathlib.Path(args.out) if args.out else None
+            out = pathlib.Path(command.out) if command.out else None
             if out and len(variants) > 1:
                 out /= name.replace(", ", "-").replace(" ", "-")
             if out:
-                check_directory(out, config, args.resume)
+                check_directory(out, config, command.resume)
                 out.mkdir(parents=True, exist_ok=True)
             config.optimizer(1)
             folders[name] = out
     except (OSError, ValueError) as error:
-        return _complain(parser, error)
+        return _complain(error)
     for name, config in variants:
         try:
             run = Run(config)
         except ValueError as error:
-            return _complain(parser, error)
-        out = folders[name]
-        every = args.checkpoint_every
-        reports[name] = fit(config, out, resume=args.resume, run=run, checkpoint_every=every)
-    _show(console, reports, spread=len(reports) > 1 and not args.tune)
-    if args.tune:
+            return _complain(error)
+        reports[name] = fit(
+            config,
+            folders[name],
+            resume=command.resume,
+            run=run,
+            checkpoint_every=command.checkpoint_every,
+            log=command.log,
+        )
+    _show(console, reports, spread=len(reports) > 1 and not command.tune)
+    if command.tune:
         scores: dict[str, list[float]] = {}
         for name, report in reports.items():
             scores.setdefault(name.split(",")[0], []).append(report["validation_accuracy"])

@@ -2,6 +2,7 @@
 
 import pathlib
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,8 @@ from rich.console import Console
 from examples.papers import reproduce, train
 
 
-def job_of(name, scale="smoke", store="unused", **changes):
-    args = reproduce._parser().parse_args([name, "--scale", scale])
-    args.argv = [name]
-    for key, value in changes.items():
-        setattr(args, key, value)
+def job_of(name, scale: Any = "smoke", store="unused", **changes):
+    args = reproduce.Arguments(name, scale, argv=(name,), **changes)
     experiment = reproduce.SETTINGS[name]
     settings = reproduce.SCALES[scale] | experiment.get(scale, {})
     return reproduce.Job(name, experiment, settings, args, pathlib.Path(store), Console(quiet=True))
@@ -79,9 +77,7 @@ def test_scales():
     ]
     assert (paper[4].settings["gamma"], paper[4].paper) == (0.88, (3.62, 0.10))
     assert smoke[0].settings["dataset"] == "digits"
-    replaced = job_of(
-        "wsam-table2", "short", replace=[("cifar100", "cifar10")], only=".*CIFAR-100.*"
-    )
+    replaced = job_of("wsam-table2", "short", replace=("cifar100=cifar10",), only=".*CIFAR-100.*")
     assert {c.settings["dataset"] for c in reproduce.cells(replaced)} == {"cifar10"}
     with pytest.raises(
         reproduce.NoSuchBlock, match=r"no block matches 'x'; there are 'ResNet18, C"
@@ -232,11 +228,18 @@ def test_figures(name, tmp_path):
 def test_command_line(capsys, tmp_path):
     assert reproduce.main(["list"]) == 0
     assert "wsam-table2      WSAM, Table 2" in capsys.readouterr().out
-    for wrong in (["--seeds", "0"], ["--only", "["], ["--rows", "["]):
-        with pytest.raises(SystemExit):
-            reproduce.main(["wsam-table6", *wrong])
-    assert "must be above 0, got 0" in (error := capsys.readouterr().err)
-    assert "'[' is no regular expression" in error
+    for wrong, message in (
+        (["wsam-table6", "--seeds", "0"], "--seeds must be above 0, got 0"),
+        (["wsam-table6", "--only", "["], "'[' is no regular expression"),
+        (["wsam-table6", "--rows", "["], "'[' is no regular expression"),
+        (["wsam-table6", "--replace", "cifar10=cifar"], "--replace takes OLD=NEW"),
+        (["wsam-table5"], "no experiment 'wsam-table5'; `list` prints what there is"),
+    ):
+        assert reproduce.main(wrong) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reproduce.main(["wsam-table6", "--scale", "large"])
+    assert "--scale" in capsys.readouterr().err
     argv = ["wsam-table6", "--scale", "paper", "--results", str(tmp_path)]
     assert reproduce.main(argv) == 2
     error = capsys.readouterr().err

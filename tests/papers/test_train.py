@@ -329,13 +329,14 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     written = []
     board = types.ModuleType("tensorboardX")
     board.SummaryWriter = lambda where: types.SimpleNamespace(  # type: ignore[attr-defined]
-        add_scalar=lambda *what: written.append(what), close=lambda: written.append(where)
+        add_scalar=lambda *what: written.append(what), flush=lambda: written.append(where)
     )
     monkeypatch.setitem(sys.modules, "tensorboardX", board)
     file = tmp_path / "run.toml"
     file.write_text('method = "gsam"\nalpha = 0.2\nrho = 0.1\nwidth = 0.02\nepochs = 9\n')
     argv = ["--config", str(file), "--epochs", "1", "--subset", "64", "--batch-size", "32"]
     argv += ["--validation", "0.25", "--tune", "rho", "0.1", "0.2", "--out", str(tmp_path / "out")]
+    argv += ["--log", "tensorboard"]
     assert train.main(argv) == 0
     text = capsys.readouterr().out
     assert "best by validation accuracy: rho 0." in text and "%SAM" in text
@@ -355,10 +356,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert train.main([*argv, "--resume"]) == 2
     assert "`rho` must be a number" in capsys.readouterr().err
     # Another method does not inherit the options of the file's, nor the parts of a composition.
-    file.write_text(file.read_text() + 'perturbation = "steepest_ascent"\n')
-    args = train._parser().parse_args(["--config", str(file), "--method", "asam", "--eta", "0.1"])
-    config = train.Config.read(train._settings(args))
-    assert (config.options, config.perturbation) == ({"eta": 0.1}, None)
+    argv = ["--config", str(file), "--method", "asam", "--eta", "0.1"]
+    for text in (file.read_text(), 'method = "composition"\nperturbation = "steepest_ascent"\n'):
+        file.write_text(text)
+        config = train.Config.read(train.read_command(argv)[1])
+        assert (config.options, config.perturbation) == ({"eta": 0.1}, None)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +374,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (["--config", "/no/such.toml"], "--config /no/such.toml: "),
         (["--dataset", "mnist", "--data-dir", "."], "mnist: expected mnist/train-images"),
         (["--method", "gsam", "--k", "2"], "method 'gsam' takes no option 'k'"),
+        (["--method", "gsam", "more"], "unknown arguments: more"),
+        (["--checkpoint-every", "0"], "--checkpoint-every must be above 0"),
+        (["--noise-kind", "some"], "noise_kind must be one of other, any, got 'some'"),
     ],
 )  # fmt: skip
 def test_command_line_errors(argv, message, capsys):
