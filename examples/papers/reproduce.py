@@ -60,6 +60,10 @@ from sam_optax.training import StepMetrics
 
 SETTINGS = tomllib.loads((pathlib.Path(__file__).parent / "settings.toml").read_text())
 SCALES = SETTINGS.pop("scale")
+for _experiment in SETTINGS.values():
+    for _key in ("settings", "columns", "blocks", "probe", "seeds", "smoke_rows"):
+        if _key in (_other := SETTINGS.get(_experiment.get("like"), {})):
+            _experiment.setdefault(_key, _other[_key])
 
 
 # --- From settings to runs ------------------------------------------------------------------------
@@ -231,6 +235,8 @@ def cells(job: Job) -> list[Cell]:
         if job.args.only and not re.fullmatch(job.args.only, block["label"]):
             continue
         rows = list(_rows(experiment, block, "blocks" in job.scale))
+        if "like_rows" in experiment:
+            rows = [row for row in rows if re.fullmatch(experiment["like_rows"], row["label"])]
         labels += [row["label"] for row in rows if row["label"] not in labels]
         if job.args.rows:
             rows = [row for row in rows if re.fullmatch(job.args.rows, row["label"])]
@@ -418,11 +424,19 @@ def _norms(run: train.Run) -> Callable:
     return lambda state, index: measure(state.params, state.stats, *run.splits["train"], index)
 
 
-def _mean_squared_norm(run, count):
-    measure = _norms(run)
+def _gradient_moments(run, count):
+    """The mean squared norm of a batch's gradient, and its part that is variance."""
+
+    @jax.jit
+    def measure(params, stats, images, labels, index):
+        grad_fn = jax.grad(_batch_loss(run, stats, images, labels))
+        norms = diagnostics.gradient_norm_statistics(grad_fn, params, index)
+        return norms.mean, diagnostics.gradient_variance(grad_fn, params, index)
 
     def probe(run, state, epoch):
-        return {"mean_squared_norm": float(measure(state, _batches(run, count, epoch)).mean)}
+        index = _batches(run, count, epoch)
+        found = measure(state.params, state.stats, *run.splits["train"], index)
+        return dict(zip(("mean_squared_norm", "gradient_variance"), map(float, found), strict=True))
 
     return probe
 
@@ -458,8 +472,31 @@ def _full_gradient(run, count):
     return probe
 
 
+def _slice(run, count):
+    """The loss along the Hessian's first eigenvector, at three times of a run."""
+    epochs = {max(1, round(share * run.config.epochs)) for share in (0.1, 0.5, 1.0)}
+    alphas = np.linspace(-0.5, 0.5, 21)
+
+    @jax.jit
+    def measure(params, stats, images, labels, index):
+        loss = diagnostics.mean_over_batches(_batch_loss(run, stats, images, labels), index)
+        values, vectors = diagnostics.hessian_top_eigenpairs(loss, params, jax.random.key(0))
+        first = jax.tree.map(lambda v: v[0], vectors)
+        return values[0], diagnostics.loss_slice_1d(loss, params, first, jnp.asarray(alphas))
+
+    def probe(run, state, epoch):
+        if epoch not in epochs:
+            return {}
+        index = _batches(run, count, epoch)
+        top, losses = measure(state.params, state.stats, *run.splits["train"], index)
+        return {"alphas": alphas.tolist(), "losses": losses.tolist(), "top_eigenvalue": float(top)}
+
+    return probe
+
+
 PROBES: dict[str, Callable] = {
-    "squared_norms": _mean_squared_norm,
+    "squared_norms": _gradient_moments,
+    "slice": _slice,
     "norm_samples": _norm_samples,
     "full_gradient": _full_gradient,
 }
@@ -659,13 +696,18 @@ class _figure:
         from matplotlib.figure import Figure
 
         self.job, self.titles = job, titles
-        self.figure = Figure(figsize=(4.2 * len(titles), 3.4), layout="constrained")
+        self.columns = min(len(titles), 4)
+        self.rows = -(-len(titles) // self.columns)
+        size = (4.2 * self.columns, 3.4 * self.rows)
+        self.figure = Figure(figsize=size, layout="constrained")
 
     def __enter__(self):
-        panels = self.figure.subplots(1, len(self.titles), squeeze=False)[0]
-        for axes, title in zip(panels, self.titles, strict=True):
+        panels = self.figure.subplots(self.rows, self.columns, squeeze=False).ravel()
+        for axes in panels[len(self.titles) :]:
+            axes.remove()
+        for axes, title in zip(panels, self.titles, strict=False):
             axes.set_title(title)
-        return panels
+        return panels[: len(self.titles)]
 
     def __exit__(self, kind, *rest):
         if kind is None:
@@ -702,24 +744,46 @@ def curves(job: Job) -> None:
 
 def distribution(job: Job) -> None:
     """Histograms of squared gradient norms, and their quantiles against a normal's."""
-    rows = []
-    for cell in cells(job):
-        history = obtain(cell, 0, job)["history"]
-        found = [row for row in history if "squared_norms" in row]
-        with _figure(job, ["distribution", "quantiles"]) as panels:
-            for row in found:
+    rows, found = [], cells(job)
+    names = [f"{cell.block}, {cell.label}" for cell in found]
+    with _figure(job, [f"{n}: {what}" for n in names for what in ("norms", "quantiles")]) as panels:
+        for cell, pair in zip(found, panels.reshape(-1, 2), strict=True):
+            for row in obtain(cell, 0, job)["history"]:
+                if "squared_norms" not in row:
+                    continue
                 norms, quantiles = row["squared_norms"], row["normal_quantiles"]
                 # 1 for a normal distribution, whatever its mean and variance.
                 straight = float(np.corrcoef(norms, quantiles)[0, 1]) if len(norms) > 1 else 0.0
                 numbers = (np.mean(norms), np.std(norms), straight)
-                rows.append([cell.label, str(row["epoch"]), *(f"{x:.4f}" for x in numbers)])
-                label = f"epoch {row['epoch']}"
-                panels[0].hist(norms, bins=30, density=True, alpha=0.5, label=label)
-                panels[1].plot(quantiles, norms, ".", label=label)
-            for axes, name in zip(panels, ("squared norm", "normal quantile"), strict=True):
+                epoch = str(row["epoch"])
+                rows.append([cell.block, cell.label, epoch, *(f"{x:.4f}" for x in numbers)])
+                pair[0].hist(norms, bins=30, density=True, alpha=0.5, label=f"epoch {epoch}")
+                pair[1].plot(quantiles, norms, ".", label=f"epoch {epoch}")
+            for axes, name in zip(pair, ("squared norm", "normal quantile"), strict=True):
                 axes.set_xlabel(name)
                 axes.legend(fontsize="x-small")
-    _print(job, ["method", "epoch", "mean", "std", "correlation of quantiles"], rows)
+    _print(job, ["", "row", "epoch", "mean", "std", "correlation of quantiles"], rows)
+
+
+def slices(job: Job) -> None:
+    """The loss along the first eigenvector, and the parabola that the Hessian promises."""
+    rows, found = [], cells(job)
+    with _figure(job, [cell.block for cell in found]) as panels:
+        for cell, axes in zip(found, panels, strict=True):
+            for row in obtain(cell, 0, job)["history"]:
+                if "alphas" not in row:
+                    continue
+                alphas, losses = np.array(row["alphas"]), np.array(row["losses"])
+                parabola = np.polyval(np.polyfit(alphas, losses, 2), alphas)
+                left = np.sum((losses - parabola) ** 2) / np.sum((losses - losses.mean()) ** 2)
+                epoch, top = str(row["epoch"]), row["top_eigenvalue"]
+                (line,) = axes.plot(alphas, losses, label=f"epoch {epoch}")
+                axes.plot(alphas, parabola, ":", color=line.get_color())
+                rows.append([cell.block, epoch, f"{top:.4g}", f"{losses.min():.4f}", f"{left:.2g}"])
+            axes.set(xlabel="alpha (dotted: best parabola)", ylabel="loss")
+            axes.legend(fontsize="x-small")
+    header = ["", "epoch", "largest eigenvalue", "least loss", "not explained by a parabola"]
+    _print(job, header, rows)
 
 
 def toy(job: Job) -> None:
@@ -829,6 +893,7 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "minima": minima,
     "curves": curves,
     "distribution": distribution,
+    "slices": slices,
     "toy": toy,
     "stability": stability,
 }

@@ -25,8 +25,8 @@ def job_of(name, scale: Any = "smoke", store="unused", **changes):
 # By paper.
 EXPERIMENTS = {
     "wsam": "table2 table4 table6 table7 table8 table9 fig3",
-    "aesam": "table1 table2 table3 table4 fig2 fig3 fig4 fig5 fig7",
-    "stablesam": "fig1 fig3 fig4 fig5 fig6 fig7 table2 table3 table4",
+    "aesam": "table1 table2 table3 table4 fig1 fig2 fig3 fig4 fig5 fig7 fig8 fig10 fig12 fig14",
+    "stablesam": "fig1 fig2 fig3 fig4 fig5 fig6 fig7 table2 table3 table4",
     "fsam": "fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 table6",
 }
 
@@ -217,7 +217,10 @@ def test_batches_beyond_the_batch(tmp_path):
     assert np.all(np.isfinite(losses)) and losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["aesam-fig3", "stablesam-fig5", "aesam-fig7"])
+@pytest.mark.parametrize(
+    "name",
+    ["aesam-fig1", "aesam-fig3", "stablesam-fig2", "stablesam-fig5", "aesam-fig7", "aesam-fig14"],
+)
 def test_figures(name, tmp_path):
     job = job_of(name, store=tmp_path)
     reproduce.KINDS[job.experiment["kind"]](job)
