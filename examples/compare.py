@@ -1,46 +1,47 @@
 # smoke: --epochs 1 --seeds 1 --methods sgd sam ae_sam
 """Compare sharpness-aware methods on handwritten digits, with wrong labels in the training set.
 
-Trains a small Flax classifier on scikit-learn's digits (1797 images of 8 x 8 pixels, bundled, no
-download), of whose training labels 40 % are replaced by another class, once per method and seed;
-prints a table and draws the learning curves. With so many wrong labels a network first learns the
-digits, then the mistakes: what is compared is how much of the second each method allows.
+Trains a small network on scikit-learn's digits (1797 images of 8 x 8 pixels, bundled, no download;
+360 of them are the test set), of whose training labels 40 % are replaced by another class, once per
+method and seed; prints a table and draws the learning curves. With so many wrong labels a network
+first learns the digits, then the mistakes: what is compared is how much of the second each method
+allows.
 
     python examples/compare.py
     python examples/compare.py --methods sgd sam vasso --label-noise 0.2 --rho 0.1 --seeds 5
     python examples/compare.py --diagnostics
 
-Nothing here was tuned. Base optimizer, batch size, learning rate, weight decay and radius are those
-with which the WSAM paper (arXiv:2305.15817, Section 6.3 and Table 5) trains a ResNet at 40 % label
-noise; elementwise adaptive balls are ten times as large. All other settings, and the radii of
-`momentum_sam` and `random_weight_perturbation`, are the library's. `tail` is SAM in the second half
-of the run. Gradients are those of a batch, over the whole run: what a method costs.
+Data, noise and training are those of papers/train.py. Nothing here was tuned. Base optimizer, batch
+size, learning rate, weight decay and radius are those with which the WSAM paper (arXiv:2305.15817,
+Section 6.3 and Table 5) trains a ResNet at 40 % label noise; elementwise adaptive balls are ten
+times as large. All other settings, and the radii of `momentum_sam` and
+`random_weight_perturbation`, are the library's. `tail` is SAM in the second half of the run.
+Gradients are those of a batch, over the whole run: what a method costs.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
+import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from papers import methods
+from papers import train as trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
 
 from sam_optax import diagnostics
-from sam_optax.training import two_gradient_step
 
 METHODS = ("sgd", *methods.NAMED, *methods.ONE_GRADIENT, "tail")
 DEFAULT = (
@@ -51,13 +52,74 @@ DEFAULT = (
 # With label noise, the AE-SAM paper has the same thresholds for both of its methods.
 OPTIONS = {"ae_look_sam": {"lambda_1": -1.0, "lambda_2": 1.0}}
 
-TRAIN = 1347  # images, of 1797
+TRAIN = 1437  # images, of 1797
 SHARPNESS_RADIUS = 0.2  # of one ball for all methods, whatever they trained with
 FLATNESS_CAPTION = (
     "\nAt the end, of the loss over the training set with its flipped labels: largest eigenvalue "
     "and trace of\nthe Hessian, and the rise of the loss within a ball of radius "
     f"{SHARPNESS_RADIUS:g}."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    methods: tuple[str, ...] = DEFAULT
+    """What to compare."""
+    epochs: int = 100
+    """Passes over the training set."""
+    label_noise: float = 0.4
+    """Share of flipped labels."""
+    rho: float | None = None
+    """Radius for all methods; None: each its own."""
+    seeds: int = 3
+    """How often to train with each method."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 0.05
+    """At the start."""
+    diagnostics: bool = False
+    """Measure how flat the minima are."""
+    output: Path = Path("learning_curves.png")
+    """PNG to write."""
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be."""
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(
+                    f"--methods: unknown method {name!r}, choose from {', '.join(METHODS)}"
+                )
+        for name, right, wanted in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("seeds", self.seeds >= 1, "at least 1"),
+            ("batch-size", 1 <= self.batch_size <= TRAIN, f"between 1 and {TRAIN}"),
+            ("label-noise", 0 <= self.label_noise <= 1, "between 0 and 1"),
+            ("learning-rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("rho", self.rho is None or 0 <= self.rho < math.inf, "at least 0"),
+        ):
+            if not right:
+                value = getattr(self, name.replace("-", "_"))
+                raise ValueError(f"--{name}: must be {wanted}, got {value}")
+        check_output(self.output)
+
+
+def check_output(path: Path) -> None:
+    """Raise a ValueError unless a PNG can be written there."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output: must end in .png, got '{path}'")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output: cannot write '{path}': {error.strerror}") from None
+    if not existed:
+        path.unlink()
+
+
+# --- Training -------------------------------------------------------------------------------------
 
 
 def radius(name: str, rho: float | None) -> float | None:
@@ -74,93 +136,23 @@ def radius(name: str, rho: float | None) -> float | None:
     return 2.0 if name.endswith("asam") else 0.2
 
 
-def build(
-    name: str,
-    base: optax.GradientTransformation,
-    rho: float | None,
-    learning_rate: optax.Schedule,
-    total_steps: int,
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of one row."""
-    peak = float(jnp.asarray(learning_rate(0)))
-    setting = methods.Setting(learning_rate, peak, total_steps, jax.random.key(0))
-    options = ({} if rho is None else {methods.RADIUS.get(name, "rho"): rho}) | OPTIONS.get(
-        name, {}
+def config_of(name: str, seed: int, args: Arguments) -> trainer.Config:
+    """The settings of one run."""
+    rho = radius(name, args.rho)
+    options = {} if rho is None else {methods.RADIUS.get(name, "rho"): rho}
+    return trainer.Config(
+        method="base" if name == "sgd" else name,
+        options=options | OPTIONS.get(name, {}),
+        label_noise=args.label_noise,
+        standardize=False,
+        width=256 / 500,  # two hidden layers of 256 units
+        learning_rate=args.learning_rate,
+        weight_decay=1e-3,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=seed,
+        hessian_examples=0,
     )
-    known = "base" if name == "sgd" else name
-    return methods.optimizer(known, options, base, setting, info=False)
-
-
-class Digits(NamedTuple):
-    """Images f32[n, 64] in [0, 1] and labels i32[n], for training and for testing."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-def load() -> Digits:
-    """The digits, always cut into the same training and test set."""
-    images, labels = load_digits(return_X_y=True)
-    images, labels = np.asarray(images / 16, np.float32), np.asarray(labels, np.int32)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:TRAIN], order[TRAIN:]
-    return Digits(images[train], labels[train], images[test], labels[test])
-
-
-def flip_labels(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Replace a share of the labels, each by another class drawn uniformly."""
-    flipped = labels.copy()
-    chosen = rng.choice(len(labels), size=round(share * len(labels)), replace=False)
-    flipped[chosen] = (labels[chosen] + rng.integers(1, 10, size=len(chosen))) % 10
-    return flipped
-
-
-class Classifier(nnx.Module):
-    """Two hidden layers of 256 units."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        """Draw the weights."""
-        self.layers = nnx.List(
-            [nnx.Linear(m, n, rngs=rngs) for m, n in ((64, 256), (256, 256), (256, 10))]
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits f32[n, 10] of images f32[n, 64]."""
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
-
-
-def make_loss(graphdef: nnx.GraphDef) -> Callable:
-    """``(params, images, labels) -> mean cross-entropy``."""
-
-    def loss_fn(params, images, labels):
-        logits = nnx.merge(graphdef, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return loss_fn
-
-
-def make_epoch(graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs) -> Callable:
-    """One pass over the batches: ``(params, opt_state, batches) -> (params, opt_state, log)``.
-
-    ``batches`` are images f32[steps, batch, 64] and labels i32[steps, batch]; the log holds, for
-    every step, the loss of the (first) gradient and whether the step took a second one.
-    """
-
-    train_step = two_gradient_step(make_loss(graphdef), tx)
-
-    def step(carry, batch):
-        *carry, metrics = train_step(*carry, *batch)
-        return tuple(carry), (metrics.loss, metrics.ascended)
-
-    def epoch(params, opt_state, batches):
-        (params, opt_state), log = jax.lax.scan(step, (params, opt_state), batches)
-        return params, opt_state, log
-
-    return epoch
 
 
 class Flatness(NamedTuple):
@@ -172,28 +164,9 @@ class Flatness(NamedTuple):
         sharpness: rise of the loss within a ball of radius ``SHARPNESS_RADIUS``.
     """
 
-    eigenvalue: jax.Array | float
-    trace: jax.Array | float
-    sharpness: jax.Array | float
-
-
-class Run(NamedTuple):
-    """What training once left behind.
-
-    Attributes:
-        accuracy: f64[epochs], on the test set, after each epoch.
-        loss: f64[epochs], mean loss over the steps of each epoch, on the flipped labels: the clean
-            one, or where a method of one gradient evaluates it.
-        ascended: share of the steps that computed a second gradient.
-        seconds: spent in training steps, without compilation and evaluation.
-        flatness: with ``--diagnostics``.
-    """
-
-    accuracy: np.ndarray
-    loss: np.ndarray
-    ascended: float
-    seconds: float
-    flatness: Flatness | None
+    eigenvalue: jax.Array
+    trace: jax.Array
+    sharpness: jax.Array
 
 
 def flatness(loss: Callable, params, num_steps: int = 10) -> Flatness:
@@ -206,68 +179,39 @@ def flatness(loss: Callable, params, num_steps: int = 10) -> Flatness:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
-def accuracy(graphdef: nnx.GraphDef, params, images, labels) -> jax.Array:
-    """Share of the images whose largest logit is their label's."""
-    return jnp.mean(jnp.argmax(nnx.merge(graphdef, params)(images), axis=-1) == labels)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def measure(graphdef: nnx.GraphDef, params, images, labels) -> Flatness:
+@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled once for all methods
+def measure(graph, augment, state: trainer.State, images, labels) -> Flatness:
     """How flat the loss over a whole data set is."""
-    return flatness(lambda params: make_loss(graphdef)(params, images, labels), params)
+
+    def loss(params):
+        logits = nnx.merge(graph, params, state.stats, copy=True)(augment.normalize(images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return flatness(loss, state.params)
 
 
-def train(
-    name: str, rho: float | None, digits: Digits, args: argparse.Namespace, advance: Callable
-) -> list[Run]:
-    """Train with one method, once per seed; ``advance(seed)`` is called after every epoch."""
-    steps = TRAIN // args.batch_size
-    used = steps * args.batch_size
-    learning_rate = optax.cosine_decay_schedule(args.learning_rate, args.epochs * steps)
-    base = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(learning_rate, momentum=0.9))
-    tx = build(name, base, rho, learning_rate, args.epochs * steps)
-
-    def prepare(seed):
-        graphdef, params = nnx.split(Classifier(nnx.Rngs(seed)))
-        return graphdef, params, tx.init(params)
-
-    def draw_batches(rng, labels):
-        order = rng.permutation(len(labels))[:used].reshape(steps, args.batch_size)
-        return digits.train_images[order], labels[order]
-
-    graphdef, params, opt_state = prepare(0)
-
-    # Compiled ahead, so that the clock sees training alone.
-    shapes = draw_batches(np.random.default_rng(0), digits.train_labels)
-    epoch = jax.jit(make_epoch(graphdef, tx)).lower(params, opt_state, shapes).compile()
-
-    runs = []
+def train(name: str, args: Arguments, advance: Callable[[int], None]) -> list[dict]:
+    """A trainer's report per seed; ``advance(seed)`` is called after every epoch."""
+    reports, first = [], None
     # Not under vmap: it would compute the second gradient of a skipped ascent all the same.
     for seed in range(args.seeds):
-        rng = np.random.default_rng(seed)
-        labels = flip_labels(digits.train_labels, args.label_noise, rng)
-        _, params, opt_state = prepare(seed)
-        accuracies, losses, ascents, seconds = [], [], [], 0.0
-        for _ in range(args.epochs):
-            batches = draw_batches(rng, labels)
-            start = time.perf_counter()
-            params, opt_state, (loss, ascended) = jax.block_until_ready(
-                epoch(params, opt_state, batches)
-            )
-            seconds += time.perf_counter() - start
-            test = (digits.test_images, digits.test_labels)
-            accuracies.append(float(accuracy(graphdef, params, *test)))
-            losses.append(float(np.mean(loss)))
-            ascents.append(float(np.mean(ascended)))
+
+        def on_epoch(run, state, done, seed=seed):
             advance(seed)
-        measured = None
-        if args.diagnostics:
-            found = measure(graphdef, params, digits.train_images, labels)
-            measured = Flatness(*map(float, found))
-        share = float(np.mean(ascents))
-        runs.append(Run(np.array(accuracies), np.array(losses), share, seconds, measured))
-    return runs
+            if not args.diagnostics or done < args.epochs:
+                return {}
+            found = measure(run.exact_graph, run.augment, state, *run.splits["train"])
+            return {"flatness": [float(x) for x in found]}
+
+        # Without convolutions, an epoch as one program is fast on a CPU, too.
+        config = config_of(name, seed, args)
+        run = trainer.Run(config, scan=True, like=first)
+        first = first or run
+        reports.append(trainer.fit(config, run=run, on_epoch=on_epoch, show=False))
+    return reports
+
+
+# --- Table and figure -----------------------------------------------------------------------------
 
 
 def mean_and_std(values: Sequence[float], digits: int) -> str:
@@ -276,147 +220,66 @@ def mean_and_std(values: Sequence[float], digits: int) -> str:
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def flatness_cells(runs: list[Run]) -> list[str]:
-    """The columns of ``--diagnostics``, or none."""
-    measured = [run.flatness for run in runs if run.flatness]
-    return [
-        mean_and_std(column, places)
-        for column, places in zip(zip(*measured, strict=True), (1, 0, 3), strict=False)
-    ]
-
-
-def tabulate(results: dict[str, tuple[float | None, list[Run]]], args: argparse.Namespace) -> Table:
+def tabulate(results: dict[str, list[dict]], args: Arguments) -> Table:
     """One row per method."""
     plural = "" if args.seeds == 1 else "s"
     table = Table(
+        "method",
         title=f"digits, {100 * args.label_noise:g} % of the training labels flipped, "
         f"{args.epochs} epochs, {args.seeds} seed{plural}",
         caption="Accuracy after the last epoch, on clean labels. Loss: first pass, last epoch, "
-        "flipped labels.\nGradients and seconds per seed, without compilation."
+        "flipped labels.\nSeconds: the median epoch's, of those that compile nothing."
         + FLATNESS_CAPTION
         * args.diagnostics,
     )
-    table.add_column("method")
-    steps = args.epochs * (TRAIN // args.batch_size)
-    for heading in ("rho", "test accuracy %", "train loss", "gradients", "seconds"):
+    headings = ["rho", "test accuracy %", "train loss", "gradients", "s / epoch"]
+    headings += ["lambda_max", "trace", "sharpness"] * args.diagnostics
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for heading in ("lambda_max", "trace", "sharpness") if args.diagnostics else ():
-        table.add_column(heading, justify="right")
-    for name, (rho, runs) in results.items():
+    for name, reports in results.items():
+        rho, last = radius(name, args.rho), [report["history"][-1] for report in reports]
+        flat = zip(*(row["flatness"] for row in last), strict=True) if args.diagnostics else ()
         table.add_row(
             name,
             "-" if rho is None else f"{rho:g}",
-            mean_and_std([100 * run.accuracy[-1] for run in runs], 1),
-            mean_and_std([run.loss[-1] for run in runs], 3),
-            f"{steps * (1 + np.mean([run.ascended for run in runs])):.0f}",
-            f"{np.mean([run.seconds for run in runs]):.2f}",
-            *flatness_cells(runs),
+            mean_and_std([100 * row["test_accuracy"] for row in last], 1),
+            mean_and_std([row["train_loss"] for row in last], 3),
+            f"{np.mean([report['gradients'] for report in reports]):.0f}",
+            f"{statistics.median(report['seconds_per_epoch'] for report in reports):.4f}",
+            *(mean_and_std(x, places) for x, places in zip(flat, (1, 0, 3), strict=False)),
         )
     return table
 
 
-def draw(results: dict[str, tuple[float | None, list[Run]]], output: Path) -> None:
+def draw(results: dict[str, list[dict]], output: Path) -> None:
     """Learning curves: mean over the seeds, and one standard deviation either side."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for number, (name, (_, runs)) in enumerate(results.items()):
-        color = f"C{number}" if number < 10 else None
-        curves = (
-            [100 * run.accuracy for run in runs],
-            [run.loss for run in runs],
-        )
-        for panel, curve in zip(panels, curves, strict=True):
-            mean, std = np.mean(curve, axis=0), np.std(curve, axis=0)
-            epochs = np.arange(1, len(mean) + 1)
-            (line,) = panel.plot(
-                epochs, mean, color=color, label=name, marker="." * (len(mean) == 1)
-            )
-            panel.fill_between(
-                epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0
-            )
-    for panel, label in zip(
-        panels, ("test accuracy (%)", "training loss (first pass, flipped labels)"), strict=True
-    ):
-        panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower left", fontsize="small", ncols=2)
+    panels = {
+        "test accuracy (%)": ("test_accuracy", 100),
+        "training loss (first pass, flipped labels)": ("train_loss", 1),
+    }
+    for axes, (label, (key, factor)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for number, (name, reports) in enumerate(results.items()):
+            color = f"C{number}" if number < 10 else None
+            curves = [[factor * row[key] for row in report["history"]] for report in reports]
+            mean, std = np.mean(curves, axis=0), np.std(curves, axis=0)
+            epochs, dot = np.arange(1, len(mean) + 1), "." * (len(mean) == 1)
+            (line,) = axes.plot(epochs, mean, color=color, label=name, marker=dot)
+            area = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(epochs, mean - std, mean + std, **area)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(loc="lower left", fontsize="small", ncols=2)
     figure.savefig(output, dpi=150, format="png")
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises, so that a mistake is one line and not a page of usage."""
-
-    def error(self, message: str):
-        """Raise a ValueError with the message."""
-        raise ValueError(message)
-
-
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable:
-    """An argparse type: a number of a kind, in a range."""
-    wanted = f"{'an integer' if kind is int else 'a number'} {'>' if open_low else '>='} {low:g}"
-    if high < math.inf:
-        wanted += f" and <= {high:g}"
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-def check_output(path: Path) -> None:
-    """Raise a ValueError unless a PNG can be written there."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"argument --output: must end in .png, got '{path}'")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ValueError(f"argument --output: cannot write '{path}': {error.strerror}") from None
-    if not existed:
-        path.unlink()
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked; a ValueError says what is wrong with it."""
-    parser = Parser(
-        description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="methods: " + ", ".join(METHODS),
-    )
-    add = parser.add_argument
-    add("--methods", nargs="+", default=list(DEFAULT), metavar="NAME", help="what to compare")
-    add("--epochs", type=number(int, 1), default=100, help="passes over the training set")
-    add("--label-noise", type=number(float, 0, 1), default=0.4, help="share of flipped labels")
-    add("--rho", type=number(float, 0), help="radius for all methods (None: each its own)")
-    add("--seeds", type=number(int, 1), default=3, help="how often to train with each method")
-    add("--batch-size", type=number(int, 1, TRAIN), default=128, help="images per step")
-    add("--learning-rate", type=number(float, 0, open_low=True), default=0.05, help="at the start")
-    add("--diagnostics", action="store_true", help="measure how flat the minima are")
-    add("--output", type=Path, default=Path("learning_curves.png"), help="PNG to write")
-    args = parser.parse_args(argv)
-    args.methods = list(dict.fromkeys(args.methods))
-    for name in args.methods:
-        if name not in METHODS:
-            raise ValueError(
-                f"argument --methods: unknown method {name!r}, choose from {', '.join(METHODS)}"
-            )
-    check_output(args.output)
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print the table, write the figure; the exit status."""
+    description = f"{__doc__}\nMethods: {', '.join(METHODS)}."
+    args = tyro.cli(Arguments, prog="compare.py", description=description, args=argv)
     try:
-        args = parse_arguments(argv)
+        args.check()
     except ValueError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
@@ -428,18 +291,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
-    digits = load()
-    results: dict[str, tuple[float | None, list[Run]]] = {}
+    names, results = dict.fromkeys(args.methods), {}
     with progress:
-        bar = progress.add_task("", total=len(args.methods) * args.seeds * args.epochs)
-        for name in args.methods:
-            rho = radius(name, args.rho)
+        bar = progress.add_task("", total=len(names) * args.seeds * args.epochs)
+        for name in names:
             progress.update(bar, description=f"{name}, compiling")
 
             def advance(seed: int, label: str = name) -> None:
                 progress.update(bar, advance=1, description=f"{label}, seed {seed}")
 
-            results[name] = (rho, train(name, rho, digits, args, advance))
+            results[name] = train(name, args, advance)
     console = Console()
     # Narrower, a table would break its numbers; a terminal may wrap the lines instead.
     console.width = max(console.width, 112 if args.diagnostics else 80)

@@ -3,8 +3,8 @@
 
 A radius is a number like any other to the library, so that it may be traced: the function that
 trains once, from a radius, a weight decay and a seed to an accuracy, is `vmap`ped over all three.
-The problem, its network and its base optimizer are those of compare.py: handwritten digits, 40 %
-wrong training labels.
+The problem is that of compare.py in a split and with noise of its own, which need no trainer:
+handwritten digits, 40 % wrong training labels, two hidden layers of 256 units.
 
     python examples/rho_sweep.py
     python examples/rho_sweep.py --label-noise 0 0.2 0.4 0.6 0.8 --weight-decay 0 0.001 --seeds 5
@@ -23,15 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from compare import TRAIN, Classifier, accuracy, flip_labels, load, make_loss
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from sklearn.datasets import load_digits
 
 import sam_optax
 from sam_optax.training import two_gradient_step
 
+TRAIN = 1347  # images, of 1797
 BATCH_SIZE = 128
 RADII = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -68,6 +69,63 @@ class Sweep(NamedTuple):
 
     radii: np.ndarray
     accuracy: np.ndarray
+
+
+class Digits(NamedTuple):
+    """Images f32[n, 64] in [0, 1] and labels i32[n], for training and for testing."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load() -> Digits:
+    """The digits, always cut into the same training and test set."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = np.asarray(images / 16, np.float32), np.asarray(labels, np.int32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, test = order[:TRAIN], order[TRAIN:]
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def flip_labels(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Replace a share of the labels, each by another class drawn uniformly."""
+    flipped = labels.copy()
+    chosen = rng.choice(len(labels), size=round(share * len(labels)), replace=False)
+    flipped[chosen] = (labels[chosen] + rng.integers(1, 10, size=len(chosen))) % 10
+    return flipped
+
+
+class Classifier(nnx.Module):
+    """Two hidden layers of 256 units."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """Draw the weights."""
+        self.layers = nnx.List(
+            [nnx.Linear(m, n, rngs=rngs) for m, n in ((64, 256), (256, 256), (256, 10))]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits f32[n, 10] of images f32[n, 64]."""
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def make_loss(graphdef: nnx.GraphDef) -> Callable:
+    """``(params, images, labels) -> mean cross-entropy``."""
+
+    def loss_fn(params, images, labels):
+        logits = nnx.merge(graphdef, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss_fn
+
+
+def accuracy(graphdef: nnx.GraphDef, params, images, labels) -> jax.Array:
+    """Share of the images whose largest logit is their label's."""
+    return jnp.mean(jnp.argmax(nnx.merge(graphdef, params)(images), axis=-1) == labels)
 
 
 def steps_of(epochs: int, held_out: int = 0) -> int:

@@ -1,7 +1,7 @@
 # smoke: --epochs 1 --seeds 2 --factors 1 4 --methods base sam ae_sam momentum_sam
 """Every method tuned alike: one hyperparameter, the same number of values, a validation split.
 
-The problem, its network and its base optimizer are those of compare.py: handwritten digits, with
+The problem, its network and its base optimizer are those of rho_sweep.py: handwritten digits, with
 wrong labels in the training set. The protocol:
 
 - A fifth of the training images is held out, with wrong labels like the rest: nobody who has such

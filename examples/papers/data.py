@@ -354,17 +354,27 @@ class Augmentation(NamedTuple):
 
 
 def augmentation(
-    train: Split, names: tuple[str, ...] = (), cutout_size: int = 16, size: int = 0
+    train: Split,
+    names: tuple[str, ...] = (),
+    cutout_size: int = 16,
+    size: int = 0,
+    standardize: bool = True,
 ) -> Augmentation:
-    """`Augmentation` with the mean and the standard deviation of a training set, or ImageNet's."""
+    """`Augmentation` with the mean and the standard deviation of a training set, or ImageNet's.
+
+    Without ``standardize``, with mean 0 and deviation 1: pixels stay in [0, 1].
+    """
     paths = train.images.ndim == 1
     known = ("crop", "flip", "cutout", *(("resized-crop",) if paths else ()))
     if unknown := set(names) - {*known}:
         raise DataError(f"unknown augmentation {sorted(unknown)}; {', '.join(known)} exist")
-    if paths:  # Cropped where they are read; normalized as the usual checkpoints were trained.
-        names = tuple(name for name in names if name != "resized-crop")
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        return Augmentation(mean, std, names, cutout_size)
+    names = tuple(name for name in names if name != "resized-crop")  # Done where files are read.
+    size = 0 if paths else size
+    if not standardize:
+        channels = 3 if paths else train.images.shape[-1]
+        return Augmentation((0.0,) * channels, (1.0,) * channels, names, cutout_size, size)
+    if paths:  # As the usual checkpoints were trained.
+        return Augmentation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), names, cutout_size)
     # From histograms: exact, and without a float copy of the data set.
     counts = [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(train.images, -1, 0)]
     share = np.stack(counts) / train.images[..., 0].size
@@ -372,5 +382,4 @@ def augmentation(
     mean = share @ level
     std = np.sqrt(share @ level**2 - mean**2)
     std = np.where(std > 0, std, 1)
-    mean, std = tuple(mean.tolist()), tuple(std.tolist())
-    return Augmentation(mean, std, tuple(names), cutout_size, size)
+    return Augmentation(tuple(mean.tolist()), tuple(std.tolist()), names, cutout_size, size)

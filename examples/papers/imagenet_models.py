@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from examples.papers.data import DataError
-from examples.papers.models import _Layers, _mean_pool, _scaled
+from .data import DataError
+from .models import _Layers, _mean_pool, _scaled
 
 
 class _Bottleneck(nnx.Module):

@@ -336,7 +336,7 @@ class ViT(nnx.Module):
 
 
 def _imagenet_resnet(blocks):
-    from examples.papers import imagenet_models  # It builds on this module.
+    from . import imagenet_models  # It builds on this module.
 
     return functools.partial(imagenet_models.ImageNetResNet, blocks=blocks)
 

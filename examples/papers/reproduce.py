@@ -53,10 +53,11 @@ from rich.table import Table
 from tabulate import tabulate
 
 import sam_optax
-from examples.papers import data as data_sets
-from examples.papers import train
 from sam_optax import diagnostics
 from sam_optax.training import StepMetrics
+
+from . import data as data_sets
+from . import train
 
 SETTINGS = tomllib.loads((pathlib.Path(__file__).parent / "settings.toml").read_text())
 SCALES = SETTINGS.pop("scale")

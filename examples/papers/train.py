@@ -67,10 +67,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from examples.papers import data as data_sets
-from examples.papers import folder, imagenet_models, methods, models
 from sam_optax import diagnostics
 from sam_optax.training import esam_step, host_dispatched, ksam_step, two_gradient_step
+
+from . import data as data_sets
+from . import folder, imagenet_models, methods, models
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -109,6 +110,8 @@ class Config:
     """Processes that read an image-folder; 0: threads."""
     cutout_size: int = 16
     """Side of the hole, in pixels."""
+    standardize: bool = True
+    """Pixels have mean 0 and variance 1 over the training set; else they are in [0, 1]."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
 
@@ -181,7 +184,7 @@ class Config:
                 raise ValueError(f"{name} cannot be {known[name]!r}")
         for name, value in known.items():
             kind, choices = type(fields[name].default), _CHOICES.get(name)
-            if kind in (int, float, str) and name not in ("base", "data_dir"):
+            if kind in (bool, int, float, str) and name not in ("base", "data_dir"):
                 right = isinstance(value, int | float) if kind is float else type(value) is kind
                 if not right:
                     raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
@@ -319,6 +322,8 @@ class Run:
             opt_state, StepMetrics)``, in place of the library's steps; pure, not jitted.
             ``metrics.aux`` holds the new ``stats`` and the batch's ``accuracy``.
         scan: an epoch as one program; None: where the backend is not the CPU.
+        like: a run of the same settings and pixel statistics but for the seed, whose compiled
+            programs are taken over; a random method then draws what it drew there.
 
     Raises:
         ValueError, DataError: a setting that cannot be, a data file that is not there.
@@ -330,6 +335,7 @@ class Run:
         data: data_sets.Dataset | None = None,
         make_step: Callable[["Run"], Callable] | None = None,
         scan: bool | None = None,
+        like: "Run | None" = None,
     ):
         self.config = config
         self.data = data = config.load() if data is None else data
@@ -361,7 +367,7 @@ class Run:
         self.tx = config.optimizer(self.steps_per_epoch)
         self.learning_rate = config.learning_rate_schedule(self.steps_per_epoch)
         self.augment = data_sets.augmentation(
-            data.train, config.augment, config.cutout_size, self.size
+            data.train, config.augment, config.cutout_size, self.size, config.standardize
         )
         self.splits = {
             name: tuple(getattr(data, name))
@@ -369,7 +375,14 @@ class Run:
             else jax.device_put(tuple(getattr(data, name)), self.everywhere)
             for name in ("train", "validation", "test")
         }
-        self._compile(make_step)
+        if like is None:
+            self._compile(make_step)
+            return
+        if (dataclasses.replace(like.config, seed=config.seed), like.augment, like.scan) != (
+            config, self.augment, self.scan,
+        ):  # fmt: skip
+            raise ValueError("`like` has other settings or other pixel statistics")
+        self._advance, self._whole_epoch = like._advance, like._whole_epoch
 
     def _build_model(self, config, data):
         side, channels = self.size, 3 if self.streams else data.train.images.shape[-1]
@@ -444,10 +457,10 @@ class Run:
             return optax.incremental_update(new, average, 1 - config.model_ema)
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def whole_epoch(state, images, labels, index, first):
+        def whole_epoch(state, key, images, labels, index, first):
             def body(state, item):
                 here, count = item
-                batch = _batch(self.augment, self._shared, self._key, images, labels, here, count)
+                batch = _batch(self.augment, self._shared, key, images, labels, here, count)
                 return advance(state, *batch)
 
             return jax.lax.scan(body, state, (index, first + jnp.arange(len(index))))
@@ -486,7 +499,9 @@ class Run:
         sizes = (self.num_train, self.steps_per_epoch, self.config.batch_size)
         index, first = _order(*sizes, self._key, epoch), epoch * self.steps_per_epoch
         if self.scan:
-            state, scalars = self._whole_epoch(state, *self.splits["train"], index, first)
+            state, scalars = self._whole_epoch(
+                state, self._key, *self.splits["train"], index, first
+            )
             return state, jax.device_get(scalars)
         rows = []
         batches = self._stream("train", epoch) if self.streams else np.asarray(index)

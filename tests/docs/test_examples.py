@@ -59,6 +59,21 @@ def test_parameter_groups():
     )
 
 
+def test_rho_sweep_splits_all_digits_and_flips_as_many_labels_as_asked():
+    module = load_example("rho_sweep")
+    digits = module.load()
+    assert digits.train_images.shape == (1347, 64) and digits.test_images.shape == (450, 64)
+    assert digits.train_images.min() == 0 and digits.train_images.max() == 1
+    counts = np.bincount(digits.train_labels) + np.bincount(digits.test_labels)
+    assert counts.sum() == 1797 and counts.min() >= 174
+    labels = np.arange(1000) % 10
+    flipped = module.flip_labels(labels, 0.4, np.random.default_rng(0))
+    assert np.sum(flipped != labels) == 400
+    assert set(flipped) == set(range(10))
+    assert np.array_equal(module.flip_labels(labels, 0.0, np.random.default_rng(0)), labels)
+    assert np.array_equal(labels, np.arange(1000) % 10)
+
+
 def test_mixed_precision():
     params, state, scale, skipped = load_example("mixed_precision").main(["--steps", "30"])
     assert {p.dtype for p in jax.tree.leaves((params, state.base))} >= {jnp.dtype("float32")}

@@ -1,5 +1,6 @@
-"""The main job: its rows, its label noise, its table, and what it says to bad arguments."""
+"""The main job: its rows, its problem, its table, and what it says to bad arguments."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,37 @@ def test_every_method_has_a_row_that_steps():
     handed = {"eigen_sam", "sparse_sam"}  # a tree at every step
     assert set(compare.METHODS) == {"sgd", "tail", *METHODS, *compare.methods.ONE_GRADIENT} - handed
     assert set(compare.DEFAULT) <= set(compare.METHODS)
-    schedule = optax.constant_schedule(0.1)
     params = jnp.array([1.0, 2.0])
     for name in compare.METHODS:
-        rho = compare.radius(name, 0.5)
-        tx = compare.build(name, optax.sgd(schedule), rho, schedule, 10)
+        tx = compare.config_of(name, 0, compare.Arguments(rho=0.5)).optimizer(10)
         _, state = tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
         ascends = name not in ("sgd", "tail", *compare.methods.ONE_GRADIENT)
         ascended = bool(optax.tree.get(state, "ascended", False))
         assert name == "ss_sam" or ascended == ascends  # for ss_sam, the draw decides
 
 
-def test_split_is_of_all_digits():
-    digits = compare.load()
-    assert digits.train_images.shape == (1347, 64) and digits.test_images.shape == (450, 64)
-    assert digits.train_images.min() == 0 and digits.train_images.max() == 1
-    counts = np.bincount(digits.train_labels) + np.bincount(digits.test_labels)
-    assert counts.sum() == 1797 and counts.min() >= 174
+def test_problem_is_the_one_described():
+    """All digits, wrong labels as many as asked, pixels in [0, 1], two layers of 256 units."""
+    run = compare.trainer.Run(compare.config_of("sam", 0, compare.Arguments()), scan=True)
+    clean = compare.trainer.Config(seed=0).load().train.labels
+    assert (run.num_train, len(run.data.test.labels)) == (compare.TRAIN, 360)
+    assert np.sum(run.data.train.labels != clean) == round(0.4 * compare.TRAIN)
+    images, _ = run.batch(np.arange(run.num_train))
+    assert (images.min(), images.max()) == (0, 1)
+    assert run.num_parameters == 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
 
 
-def test_flipped_labels_are_as_many_as_asked_and_wrong():
-    labels = np.arange(1000) % 10
-    flipped = compare.flip_labels(labels, 0.4, np.random.default_rng(0))
-    assert np.sum(flipped != labels) == 400
-    assert set(flipped) == set(range(10))
-    assert np.array_equal(compare.flip_labels(labels, 0.0, np.random.default_rng(0)), labels)
-    assert np.array_equal(labels, np.arange(1000) % 10)
+def test_seeds_share_a_program_and_nothing_else():
+    """The second seed's run by the first one's programs is the run of its own."""
+    args = compare.Arguments(methods=("ae_sam",), epochs=1, seeds=2)
+    shared = compare.train("ae_sam", args, lambda seed: None)
+    config = compare.config_of("ae_sam", 1, args)
+    alone = compare.trainer.fit(config, run=compare.trainer.Run(config, scan=True), show=False)
+    for name in ("test_accuracy", "train_loss", "gradients"):
+        assert shared[1][name] == alone[name] != shared[0][name] or name == "gradients"
+    other = compare.trainer.Run(config, scan=True)
+    with pytest.raises(ValueError, match="`like` has other settings"):
+        compare.trainer.Run(dataclasses.replace(config, learning_rate=0.1), scan=True, like=other)
 
 
 def test_runs_write_table_and_figure(tmp_path, capsys):
@@ -60,14 +66,13 @@ def test_runs_write_table_and_figure(tmp_path, capsys):
         if "│" in line
     }
     assert set(rows) == {"sam", "look_sam"}
-    assert [cell.strip() for cell in (rows["sam"][0], rows["sam"][3])] == ["0.3", "40"]
-    assert rows["look_sam"][3].strip() == "24"  # k = 5, 20 steps
+    assert [cell.strip() for cell in (rows["sam"][0], rows["sam"][3])] == ["0.3", "44"]
+    assert rows["look_sam"][3].strip() == "27"  # k = 5, 22 steps
     assert "±" in rows["sam"][1]
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "TRAIN", 256)
+def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys):
     output = str(tmp_path / "curves.png")
     argv = ["--methods", "sgd", "sam", "--epochs", "1", "--seeds", "2", "--diagnostics"]
     assert compare.main([*argv, "--output", output]) == 0
@@ -90,31 +95,17 @@ def test_diagnostics_are_those_of_the_loss_where_training_ended(tmp_path, capsys
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["--methods", "sam", "adam"],
-            "argument --methods: unknown method 'adam', choose from sgd,",
-        ),
-        (["--epochs", "0"], "argument --epochs: must be an integer >= 1, got '0'"),
-        (["--epochs", "many"], "argument --epochs: must be an integer >= 1, got 'many'"),
-        (
-            ["--label-noise", "1.5"],
-            "argument --label-noise: must be a number >= 0 and <= 1, got '1.5'",
-        ),
-        (
-            ["--label-noise", "nan"],
-            "argument --label-noise: must be a number >= 0 and <= 1, got 'nan'",
-        ),
-        (["--rho", "-1"], "argument --rho: must be a number >= 0, got '-1'"),
-        (["--rho", "inf"], "argument --rho: must be a number >= 0, got 'inf'"),
-        (["--seeds", "0.5"], "argument --seeds: must be an integer >= 1, got '0.5'"),
-        (["--batch-size", "2000"], "argument --batch-size: must be an integer >= 1 and <= 1347"),
-        (["--learning-rate", "0"], "argument --learning-rate: must be a number > 0, got '0'"),
-        (
-            ["--output", "missing/curves.png"],
-            "argument --output: cannot write 'missing/curves.png'",
-        ),
-        (["--output", "."], "argument --output: must end in .png, got '.'"),
-        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--methods", "sam", "adam"], "--methods: unknown method 'adam', choose from sgd,"),
+        (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
+        (["--label-noise", "1.5"], "--label-noise: must be between 0 and 1, got 1.5"),
+        (["--label-noise", "nan"], "--label-noise: must be between 0 and 1, got nan"),
+        (["--rho", "-1"], "--rho: must be at least 0, got -1.0"),
+        (["--rho", "inf"], "--rho: must be at least 0, got inf"),
+        (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["--batch-size", "2000"], "--batch-size: must be between 1 and 1437, got 2000"),
+        (["--learning-rate", "0"], "--learning-rate: must be above 0, got 0.0"),
+        (["--output", "missing/curves.png"], "--output: cannot write 'missing/curves.png'"),
+        (["--output", "."], "--output: must end in .png, got '.'"),
     ],
 )
 def test_bad_arguments_are_one_line_before_any_training(
@@ -130,6 +121,16 @@ def test_bad_arguments_are_one_line_before_any_training(
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"compare.py: error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "argv", [["--epochs", "many"], ["--seeds", "0.5"], ["--colour", "red"]], ids=" ".join
+)
+def test_arguments_that_cannot_be_read(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and argv[0] in err
 
 
 def test_output_check_leaves_no_trace(tmp_path):
