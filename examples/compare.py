@@ -316,33 +316,29 @@ def tabulate(results: dict[str, tuple[float | None, list[Run]]], args: argparse.
 
 
 def draw(results: dict[str, tuple[float | None, list[Run]]], output: Path) -> None:
-    """Learning curves: mean over the seeds, and one standard deviation either side."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for number, (name, (_, runs)) in enumerate(results.items()):
-        color = f"C{number}" if number < 10 else None
-        curves = (
-            [100 * run.accuracy for run in runs],
-            [run.loss for run in runs],
-        )
-        for panel, curve in zip(panels, curves, strict=True):
+    """A panel per method: mean over the seeds, one standard deviation either side; the first
+    method's curve is in all of them, in grey."""
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(2.8 * columns, 0.6 + 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    first = next(iter(results))
+    for panel in panels[len(results) :]:
+        panel.remove()
+    for panel, (name, (_, runs)) in zip(panels, results.items(), strict=False):
+        compared = [(first, results[first][1], "0.6"), (name, runs, "C0")]
+        for _, shown, color in compared[name == first :]:
+            curve = [100 * run.accuracy for run in shown]
             mean, std = np.mean(curve, axis=0), np.std(curve, axis=0)
             epochs = np.arange(1, len(mean) + 1)
-            (line,) = panel.plot(
-                epochs, mean, color=color, label=name, marker="." * (len(mean) == 1)
-            )
-            panel.fill_between(
-                epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0
-            )
-    for panel, label in zip(
-        panels, ("test accuracy (%)", "training loss (first pass, flipped labels)"), strict=True
-    ):
-        panel.set_xlabel("epoch")
+            panel.plot(epochs, mean, color=color, marker="." * (len(mean) == 1))
+            panel.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        panel.set_title(f"{name}: {np.mean([100 * run.accuracy[-1] for run in runs]):.1f} %")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower left", fontsize="small", ncols=2)
-    figure.savefig(output, dpi=150, format="png")
+    figure.supxlabel("epoch")
+    figure.supylabel(f"test accuracy (%); grey: {first}")
+    figure.savefig(output, dpi=120, format="png")
 
 
 class Parser(argparse.ArgumentParser):
