@@ -562,7 +562,7 @@ class Run:
         return loss
 
     def top_eigenpair(self, state: State, num_iters: int = 32) -> tuple[float, Any]:
-        """The first of the Hessian of `train_loss` on ``hessian_examples``; its vector is a unit."""
+        """The Hessian's first eigenvalue and unit eigenvector; see `lambda_max`."""
         count = min(self.config.hessian_examples, self.num_train)
         loss, key = self.train_loss(state, np.arange(count)), jax.random.key(0)
         params = state.params
