@@ -504,8 +504,8 @@ def _slice(run, count):
         top, vector = run.top_eigenpair(state)
         loss = run.train_loss(state, np.arange(min(run.config.hessian_examples, run.num_train)))
         # One at a time: a CPU is slow at convolutions in a loop.
-        at = jax.jit(lambda alpha: diagnostics.loss_slice_1d(loss, state.params, vector, alpha))
-        losses = [float(at(alpha)[0]) for alpha in alphas.reshape(-1, 1)]
+        at = jax.jit(functools.partial(diagnostics.loss_slice_1d, loss))
+        losses = [float(at(state.params, vector, alpha)[0]) for alpha in alphas.reshape(-1, 1)]
         return {"alphas": alphas.tolist(), "losses": losses, "top_eigenvalue": top}
 
     return probe

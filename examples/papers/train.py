@@ -587,11 +587,12 @@ def power_iteration(
 
     At the end of training it is that of the largest eigenvalue.
     """
-    product = jax.jit(lambda v: diagnostics.hessian_vector_product(loss, params, v))
+    # Both are arguments: what is computed from constants alone, XLA computes while it compiles.
+    product = jax.jit(lambda p, v: diagnostics.hessian_vector_product(loss, p, v))
     after, vector, value = optax.tree.random_like(key, params, jax.random.normal), None, 0.0
     for _ in range(num_iters):
         vector = optax.tree.scale(1 / optax.tree.norm(after), after)
-        after = product(vector)
+        after = product(params, vector)
         value = float(jnp.asarray(optax.tree.vdot(vector, after)))
     return value, vector
 
