@@ -70,8 +70,8 @@ napoleon_use_ivar = True
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# The notebooks are pages, run once and kept; the folder is git's to ignore. (The Markdown pages have
-# no cells to run here: their code is run by the tests.)
+# The notebooks are pages, run once and kept; the folder is git's to ignore. (The Markdown pages
+# have no cells to run here: their code is run by the tests.)
 shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks", dirs_exist_ok=True)
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "docs" / "_build" / "notebooks")
