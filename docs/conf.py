@@ -33,7 +33,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 # autosummary writes its pages with the first suffix: with Markdown first they would show as text.
-source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["_build", "gallery_src", "**/sg_execution_times.rst", "sg_execution_times.rst"]
 exclude_patterns += ["gallery/*.ipynb", "gallery/*.py"]
 default_role = "any"  # `sam` links, and a name that is nowhere is a warning
@@ -70,7 +70,13 @@ napoleon_use_ivar = True
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the Markdown pages' code is run by the tests
+# The notebooks are pages, run once and kept; the folder is git's to ignore. (The Markdown pages
+# have no cells to run here: their code is run by the tests.)
+shutil.copytree(ROOT / "notebooks", ROOT / "docs" / "notebooks", dirs_exist_ok=True)
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs" / "_build" / "notebooks")
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
 
 sphinx_gallery_conf = {
     "examples_dirs": "gallery_src",

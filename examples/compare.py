@@ -252,26 +252,29 @@ def tabulate(results: dict[str, list[dict]], args: Arguments) -> Table:
 
 
 def draw(results: dict[str, list[dict]], output: Path) -> None:
-    """Learning curves: mean over the seeds, and one standard deviation either side."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = {
-        "test accuracy (%)": ("test_accuracy", 100),
-        "training loss (first pass, flipped labels)": ("train_loss", 1),
-    }
-    for axes, (label, (key, factor)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number, (name, reports) in enumerate(results.items()):
-            color = f"C{number}" if number < 10 else None
-            curves = [[factor * row[key] for row in report["history"]] for report in reports]
+    """A panel per method: mean over the seeds, one standard deviation either side; the first
+    method's curve is in all of them, in grey."""
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(2.8 * columns, 0.6 + 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    first = next(iter(results))
+    for panel in panels[len(results) :]:
+        panel.remove()
+    for panel, (name, reports) in zip(panels, results.items(), strict=False):
+        compared = [(results[first], "0.6"), (reports, "C0")][name == first :]
+        for shown, color in compared:
+            curves = [[100 * row["test_accuracy"] for row in run["history"]] for run in shown]
             mean, std = np.mean(curves, axis=0), np.std(curves, axis=0)
-            epochs, dot = np.arange(1, len(mean) + 1), "." * (len(mean) == 1)
-            (line,) = axes.plot(epochs, mean, color=color, label=name, marker=dot)
-            area = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(epochs, mean - std, mean + std, **area)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(loc="lower left", fontsize="small", ncols=2)
-    figure.savefig(output, dpi=150, format="png")
+            epochs = np.arange(1, len(mean) + 1)
+            panel.plot(epochs, mean, color=color, marker="." * (len(mean) == 1))
+            panel.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        panel.set_title(f"{name}: {mean[-1]:.1f} %")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    figure.supxlabel("epoch")
+    figure.supylabel(f"test accuracy (%); grey: {first}")
+    figure.savefig(output, dpi=120, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

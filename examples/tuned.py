@@ -35,8 +35,8 @@ HELD_OUT = 269  # images, a fifth
 FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 METHODS = ("base", *methods.NAMED, *methods.ONE_GRADIENT, "tail")
 DECAY = 1e-3
-# A second gradient only at some steps; of AE-SAM and AE-LookSAM, about half.
-SHARE = {"look_sam": 0.2, "ss_sam": 0.5, "tail": 0.5}
+# What is tuned, where it is not `rho`: of LE-SAM, the rise of the loss that sets the radius.
+RADIUS = {"le_sam": "sigma", "m_rwp": "std", "random_weight_perturbation": "std"}
 
 
 def tune(name: str, args: argparse.Namespace) -> dict:
@@ -47,8 +47,7 @@ def tune(name: str, args: argparse.Namespace) -> dict:
         test, held = sweep(lambda base, _: _optimizer("base", {}, base, args), [0.0], values,
                            held_out=HELD_OUT, **known)  # fmt: skip
         return {"values": values, "test": test[:, 0].tolist(), "held": held[:, 0].tolist()}
-    radius = methods.RADIUS.get(name, "rho")
-    radius = radius if radius in methods.options_of(name) else "std"
+    radius = RADIUS.get(name, "rho")
     values = [float(methods.options_of(name)[radius]) * factor for factor in args.factors]
     test, held = sweep(
         lambda base, value: _optimizer(name, {radius: value}, base, args),

@@ -184,6 +184,12 @@ def check_parts(function: str, **parts: Any) -> None:
             if isinstance(part, optax.MultiSteps):
                 hint = " Pass its `gradient_transformation()`."
             raise TypeError(f"{function}: `{name}` must be a {kind.__name__}, got {part!r}.{hint}")
+    base: Any = parts.get("base")
+    if getattr(getattr(base, "update", None), "__module__", None) == "sam_optax.perturbations":
+        raise TypeError(
+            f"{function}: `base` is a perturbation, and would ascend. The base optimizer comes "
+            f"first: `{function}(base, perturbation)`."
+        )
 
 
 def check_evaluation(value: Any, gradient: Any, params: Any) -> None:

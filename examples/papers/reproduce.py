@@ -29,6 +29,7 @@ the batch together with two others (SAM-db, and Figure 2c of Friendly SAM).
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -103,7 +104,7 @@ class Arguments:
 
     experiment: tyro.conf.Positional[str]
     """list, which prints what there is; all; or one of those."""
-    scale: Literal["smoke", "short", "paper"] = "smoke"
+    scale: Literal["smoke", "cpu", "short", "paper"] = "smoke"
     """How large."""
     data_dir: str | None = None
     """Directory with the data sets' files."""
@@ -185,7 +186,6 @@ def _scaled(settings: dict, job: Job) -> dict:
     if not out.setdefault("hessian_examples", 0):
         override.pop("hessian_examples", None)
     out = out | override
-    out["model"] = scale.get("models", {}).get(out["model"], out["model"])
     out["dataset"] = dict(job.args.replaced).get(out["dataset"], out["dataset"])
     if out["dataset"] not in data_sets.FOLDERS:  # Where images are no files, none is cut from one.
         out["augment"] = [name for name in out.get("augment", []) if name != "resized-crop"]
@@ -416,27 +416,45 @@ def _batch_loss(run, stats, images, labels):
     return loss
 
 
-def _norms(run: train.Run) -> Callable:
-    @jax.jit
-    def measure(params, stats, images, labels, index):
-        grad_fn = jax.grad(_batch_loss(run, stats, images, labels))
-        return diagnostics.gradient_norm_statistics(grad_fn, params, index)
+def _measure(run: train.Run, statistic: Callable) -> Callable:
+    """``statistic(grad_fn, params, batches)`` at a state and positions of batches.
 
-    return lambda state, index: measure(state.params, state.stats, *run.splits["train"], index)
+    It is one program, except on a CPU, which is tens of times slower at convolutions in a loop:
+    there, each gradient is a program, and they are handed over in place of the batches.
+    """
+
+    def gradient(params, stats, images, labels, here):
+        return jax.grad(_batch_loss(run, stats, images, labels))(params, here)
+
+    one = jax.jit(gradient)
+    given = jax.jit(lambda params, found: statistic(lambda _, g: g, params, found))
+
+    @jax.jit
+    def whole(params, stats, images, labels, index):
+        grad_fn = functools.partial(gradient, stats=stats, images=images, labels=labels)
+        return statistic(lambda p, here: grad_fn(p, here=here), params, index)
+
+    def measure(state, index):
+        at = (state.params, state.stats, *run.splits["train"])
+        if run.scan:
+            return whole(*at, index)
+        found = [one(*at, here) for here in index]
+        return given(state.params, jax.tree.map(lambda *g: jnp.stack(g), *found))
+
+    return measure
 
 
 def _gradient_moments(run, count):
     """The mean squared norm of a batch's gradient, and its part that is variance."""
 
-    @jax.jit
-    def measure(params, stats, images, labels, index):
-        grad_fn = jax.grad(_batch_loss(run, stats, images, labels))
-        norms = diagnostics.gradient_norm_statistics(grad_fn, params, index)
-        return norms.mean, diagnostics.gradient_variance(grad_fn, params, index)
+    def moments(*batches):
+        norms = diagnostics.gradient_norm_statistics(*batches)
+        return norms.mean, diagnostics.gradient_variance(*batches)
+
+    measure = _measure(run, moments)
 
     def probe(run, state, epoch):
-        index = _batches(run, count, epoch)
-        found = measure(state.params, state.stats, *run.splits["train"], index)
+        found = measure(state, _batches(run, count, epoch))
         return dict(zip(("mean_squared_norm", "gradient_variance"), map(float, found), strict=True))
 
     return probe
@@ -444,7 +462,7 @@ def _gradient_moments(run, count):
 
 def _norm_samples(run, count):
     del count
-    measure = _norms(run)
+    measure = _measure(run, diagnostics.gradient_norm_statistics)
     epochs = {max(1, round(share * run.config.epochs)) for share in (0.3, 0.6, 0.9)}
 
     def probe(run, state, epoch):
@@ -460,37 +478,36 @@ def _norm_samples(run, count):
 
 
 def _full_gradient(run, count):
-    @jax.jit
-    def measure(params, stats, images, labels, index):
-        loss = diagnostics.mean_over_batches(_batch_loss(run, stats, images, labels), index)
-        return jnp.square(optax.tree.norm(jax.grad(loss)(params)))
+    def squared_norm(grad_fn, params, batches):
+        def add(total, batch):
+            return jax.tree.map(lambda t, g: t + g / count, total, grad_fn(params, batch)), None
+
+        total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
+        return jnp.square(optax.tree.norm(total))
+
+    measure = _measure(run, squared_norm)
 
     def probe(run, state, epoch):
-        index = _batches(run, count, epoch)
-        value = measure(state.params, state.stats, *run.splits["train"], index)
-        return {"squared_full_gradient": float(value)}
+        return {"squared_full_gradient": float(measure(state, _batches(run, count, epoch)))}
 
     return probe
 
 
 def _slice(run, count):
-    """The loss along the Hessian's first eigenvector, at three times of a run."""
+    """The training loss along its Hessian's first eigenvector, at three times of a run."""
+    del count
     epochs = {max(1, round(share * run.config.epochs)) for share in (0.1, 0.5, 1.0)}
     alphas = np.linspace(-0.5, 0.5, 21)
-
-    @jax.jit
-    def measure(params, stats, images, labels, index):
-        loss = diagnostics.mean_over_batches(_batch_loss(run, stats, images, labels), index)
-        values, vectors = diagnostics.hessian_top_eigenpairs(loss, params, jax.random.key(0))
-        first = jax.tree.map(lambda v: v[0], vectors)
-        return values[0], diagnostics.loss_slice_1d(loss, params, first, jnp.asarray(alphas))
 
     def probe(run, state, epoch):
         if epoch not in epochs:
             return {}
-        index = _batches(run, count, epoch)
-        top, losses = measure(state.params, state.stats, *run.splits["train"], index)
-        return {"alphas": alphas.tolist(), "losses": losses.tolist(), "top_eigenvalue": float(top)}
+        top, vector = run.top_eigenpair(state)
+        loss = run.train_loss(state, np.arange(min(run.config.hessian_examples, run.num_train)))
+        # One at a time: a CPU is slow at convolutions in a loop.
+        at = jax.jit(functools.partial(diagnostics.loss_slice_1d, loss))
+        losses = [float(at(state.params, vector, alpha)[0]) for alpha in alphas.reshape(-1, 1)]
+        return {"alphas": alphas.tolist(), "losses": losses, "top_eigenvalue": top}
 
     return probe
 

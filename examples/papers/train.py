@@ -576,32 +576,40 @@ class Run:
 
         return loss
 
-    def lambda_max(self, state: State, num_iters: int = 32) -> float:
-        """The largest eigenvalue of the Hessian of `train_loss` on ``hessian_examples``."""
+    def top_eigenpair(self, state: State, num_iters: int = 32) -> tuple[float, Any]:
+        """The Hessian's first eigenvalue and unit eigenvector; see `lambda_max`."""
         count = min(self.config.hessian_examples, self.num_train)
         loss, key = self.train_loss(state, np.arange(count)), jax.random.key(0)
         params = state.params
         convolves = any(jnp.ndim(x) == 4 for x in jax.tree.leaves(params))
         if jax.default_backend() != "cpu" or not convolves:
             top = jax.jit(
-                lambda p: diagnostics.hessian_top_eigenvalues(loss, p, key, num_iters=num_iters)
+                lambda p: diagnostics.hessian_top_eigenpairs(loss, p, key, num_iters=num_iters)
             )
-            return float(top(params)[0])
+            values, vectors = top(params)
+            return float(values[0]), jax.tree.map(lambda v: v[0], vectors)
         return power_iteration(loss, params, key, num_iters)
 
+    def lambda_max(self, state: State, num_iters: int = 32) -> float:
+        """The largest eigenvalue of the Hessian of `train_loss` on ``hessian_examples``."""
+        return self.top_eigenpair(state, num_iters)[0]
 
-def power_iteration(loss: Callable, params: Any, key: jax.Array, num_iters: int) -> float:
-    """The Hessian's eigenvalue of largest size, as a Python loop: for convolutions on a CPU.
 
-    At the end of training it is the largest one.
+def power_iteration(
+    loss: Callable, params: Any, key: jax.Array, num_iters: int
+) -> tuple[float, Any]:
+    """The Hessian's eigenpair of largest size, as a Python loop: for convolutions on a CPU.
+
+    At the end of training it is that of the largest eigenvalue.
     """
-    product = jax.jit(lambda v: diagnostics.hessian_vector_product(loss, params, v))
-    vector, value = optax.tree.random_like(key, params, jax.random.normal), 0.0
+    # Both are arguments: what is computed from constants alone, XLA computes while it compiles.
+    product = jax.jit(lambda p, v: diagnostics.hessian_vector_product(loss, p, v))
+    after, vector, value = optax.tree.random_like(key, params, jax.random.normal), None, 0.0
     for _ in range(num_iters):
-        vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
-        after = product(vector)
-        value, vector = float(jnp.asarray(optax.tree.vdot(vector, after))), after
-    return value
+        vector = optax.tree.scale(1 / optax.tree.norm(after), after)
+        after = product(params, vector)
+        value = float(jnp.asarray(optax.tree.vdot(vector, after)))
+    return value, vector
 
 
 # --- Files and screen -----------------------------------------------------------------------------

@@ -377,6 +377,8 @@ MISPLACED = [
         lambda: lib.one_gradient(BASE, optax.masked(steepest_ascent(0.1), KERNEL)).init(PLAIN),
         r"one_gradient: `optax.masked` in the perturbation.*`mask=`",
     ),
+    (lambda: sharpness_aware(steepest_ascent(0.1), BASE), r"`base` is a perturbation.*comes first"),
+    (lambda: lib.one_gradient(steepest_ascent(0.1), BASE), r"one_gradient: `base` is a pert"),
     # States of another optimizer, and of another method.
     (lambda: given(sam(BASE), BASE.init(PLAIN)), r"the state is a tuple, and not the Sharpness"),
     (lambda: given(sam(BASE), None), r"the state is a NoneType.*order of the arguments"),

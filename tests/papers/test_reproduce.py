@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 from examples.papers import reproduce, train
+from sam_optax.diagnostics import hessian_vector_product
 
 
 def job_of(name, scale: Any = "smoke", store="unused", **changes):
@@ -62,7 +63,7 @@ def test_every_cell_is_a_run(scale):
             assert config.devices == 1 or config.batch_size % 8 == 0
             examples = config.subset or 50_000
             assert config.batch_size <= examples * (1 - config.validation)
-    assert total > (400 if scale != "smoke" else 90)
+    assert total > (400 if scale in ("short", "paper") else 90)
 
 
 def test_scales():
@@ -187,6 +188,54 @@ def test_probes_have_their_number_of_batches():
     for first in (0, 3):
         assert len(np.unique(index[first : first + 3])) == 96
     assert not np.array_equal(index[:3], index[3:6])
+
+
+def test_probes_measure_gradients():
+    """Equation 3 of AE-SAM against gradients in NumPy, as one program and one after the other."""
+    settings = {"model": "mlp", "width": 0.1, "subset": 64, "batch_size": 8, "hessian_examples": 0}
+    run = train.Run(train.Config.read(settings))
+    state = run.start()
+    loss = reproduce._batch_loss(run, state.stats, *run.splits["train"])
+    index = reproduce._batches(run, 3, 1)
+    slope = jax.jit(jax.grad(loss))
+    rows = np.stack([ravel_pytree(slope(state.params, here))[0] for here in index])
+    full = np.sum(rows.mean(0) ** 2)
+    for run.scan in (False, True):
+        moments = reproduce._gradient_moments(run, 3)(run, state, 1)
+        np.testing.assert_allclose(moments["mean_squared_norm"], np.mean(np.sum(rows**2, 1)), 1e-5)
+        np.testing.assert_allclose(moments["gradient_variance"], rows.var(0).sum(), 1e-5)
+        found = reproduce._full_gradient(run, 3)(run, state, 1)
+        np.testing.assert_allclose(found["squared_full_gradient"], full, 1e-5)
+
+
+def test_the_slice_is_along_the_first_eigenvector(monkeypatch):
+    """From -0.5 to 0.5 along a unit vector that the Hessian multiplies by the eigenvalue."""
+    settings = {"model": "mlp", "width": 0.1, "subset": 64, "batch_size": 8, "epochs": 1}
+    run = train.Run(train.Config.read(settings | {"hessian_examples": 64}))
+    state = run.start()
+    pair = value, vector = run.top_eigenpair(state)
+    monkeypatch.setattr(run, "top_eigenpair", lambda state: pair)
+    row = reproduce._slice(run, 0)(run, state, 1)
+    loss = run.train_loss(state, np.arange(64))
+    bend = jax.jit(lambda v: optax.tree.vdot(v, hessian_vector_product(loss, state.params, v)))
+    assert row["top_eigenvalue"] == value
+    np.testing.assert_allclose([bend(vector), optax.tree.norm(vector)], [value, 1], rtol=1e-3)
+    end = jax.jit(loss)(optax.tree.add(state.params, optax.tree.scale(0.5, vector)))
+    middle, _ = run.evaluate(state, "train")
+    np.testing.assert_allclose([row["losses"][i] for i in (10, 20)], [middle, end], rtol=1e-5)
+    np.testing.assert_allclose([row["alphas"][i] for i in (0, 10, 20)], [-0.5, 0, 0.5])
+
+
+def test_scale_paper_computes_in_float32(monkeypatch):
+    """On an accelerator too, unless the command line says otherwise."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for scale, dtype, expected in (
+        ("paper", None, "float32"),
+        ("paper", "bfloat16", "bfloat16"),
+        ("short", None, "bfloat16"),
+    ):
+        cell, *_ = reproduce.cells(job_of("wsam-table6", scale, dtype=dtype))
+        assert cell.settings["dtype"] == expected
 
 
 def test_checkpoints_outlive_a_lost_report(tmp_path, monkeypatch):

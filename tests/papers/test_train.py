@@ -160,11 +160,12 @@ def test_lambda_max():
         return 2.5 * params["a"] ** 2 - jnp.sum(params["b"] ** 2)
 
     params = {"a": jnp.array(1.0), "b": jnp.ones(3)}
-    found = train.power_iteration(loss, params, jax.random.key(0), 30)
+    found, vector = train.power_iteration(loss, params, jax.random.key(0), 30)
     np.testing.assert_allclose(found, 5, rtol=1e-5)
+    np.testing.assert_allclose([abs(vector["a"]), *vector["b"]], [1, 0, 0, 0], atol=1e-5)
     run = train.Run(train.Config.read(TINY | {"hessian_examples": 32}))
     state = run.start()
-    by_hand = train.power_iteration(
+    by_hand, _ = train.power_iteration(
         run.train_loss(state, np.arange(32)), state.params, jax.random.key(1), 60
     )
     np.testing.assert_allclose(run.lambda_max(state), by_hand, rtol=1e-2)
