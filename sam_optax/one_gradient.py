@@ -601,8 +601,8 @@ def random_weight_perturbation(
         An Optax transformation, see `one_gradient`.
 
     Cost: 1 gradient per step, a normal draw per parameter; one copy of the parameters stored.
-    When: as `single_step_sam`; on the problem of ``examples/compare.py`` (the same digits, 3 seeds)
-    87.3 at the default and SGD 86.3. Larger ones were not tried.
+    When: as `single_step_sam`; digits with 40 % wrong labels, tuned on a validation split: 94.0 at
+    0.08, SGD by its weight decay 93.4. At the default it is level with SGD.
 
     Reduces to: ``base`` at ``std=0``.
 

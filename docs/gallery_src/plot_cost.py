@@ -12,10 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import sam_optax
-
-# The table of the repository; as a program of its own, run this where the repository is.
-ROOT = Path(sam_optax.__file__).parent.parent
+# The table of the repository, in which this runs.
+ROOT = next(path for path in Path.cwd().parents if (path / "benchmarks").is_dir())
 text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 table = re.search(r"<!-- mlp-128 -->(.*?)<!-- end", text, re.DOTALL)[1]
 machine = table.strip().splitlines()[0]
