@@ -48,8 +48,16 @@ def check_shard(function: str, value: Any, params: Any, axes: tuple) -> None:
             "was averaged inside (`jax.lax.pmean`); its gradients would be averaged twice, and "
             "steps too small. Return this shard's own loss: `axis_name` does the rest."
         )
-    known = frozenset(axes) | varying(value)
-    sharded = sorted(set().union(*map(varying, jax.tree.leaves(params))) - known, key=str)
+    differ = set().union(*map(varying, jax.tree.leaves(params)))
+    own = [a for a in tracked(axes) if a in differ]
+    if own:
+        raise ValueError(
+            f"{function}: the parameters differ along `axis_name` = `{own[0]}`, over which their "
+            "gradients are averaged. Parameters that are the same on every device come in with "
+            "`in_specs=PartitionSpec()`, and are not marked as varying; shards of one model belong "
+            "outside of shard_map (`jax.jit` with a NamedSharding), where norms are global."
+        )
+    sharded = sorted(differ - frozenset(axes) - varying(value), key=str)
     if sharded:
         raise ValueError(
             f"{function}: the parameters differ along the mapped axis `{sharded[0]}`, and the loss "

@@ -200,10 +200,11 @@ class Batch(NamedTuple):
 
         def put_together(path, x, one, origin):
             all_ = origin.shape
+            # Of the parts, each knows its own shape alone; which is what a model's mean goes with.
+            if not origin.follows and reduce is not reduce_state:
+                return jnp.asarray(origin.value(), x.dtype)
             if one.shape == all_.shape:
-                if origin.follows:
-                    return reduce(x)
-                return x[0] if origin.constant is None else jnp.asarray(origin.constant, x.dtype)
+                return reduce(x)
             # Of a longer axis, such as one of all examples' tokens, nobody knows the order.
             for i, length in enumerate(one.shape):
                 alike = (*one.shape[:i], size, *one.shape[i + 1 :]) == all_.shape
@@ -232,6 +233,7 @@ def reduce_output(x: jax.Array) -> jax.Array:
 
 def reduce_state(x: jax.Array) -> jax.Array:
     """Of a model's variable: running statistics averaged; counters and keys moved alike."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.mean(x, axis=0, dtype=accumulator(x)).astype(x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        wide = jnp.promote_types(x.dtype, accumulator(x))
+        return jnp.mean(x, axis=0, dtype=wide).astype(x.dtype)
     return x[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -66,7 +68,8 @@ def hyperparameter(function: str, argument: str, value: Any, *args: Any, **range
     """``step -> number``, from a number or a schedule, checked wherever its value is known."""
     check_number(function, argument, value, *args, **range_)
     if not callable(value):
-        return lambda step: value
+        number = value if is_array(value) or range_.get("integer") else float(value)
+        return lambda step: number
 
     def at(step):
         found = value(step)
@@ -101,10 +104,15 @@ def check_key(function: str, key: Any) -> None:
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(f"{wanted} {key!r}.")
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed and (key.dtype != np.uint32 or key.shape not in ((2,), (4,))):
+    if not typed and (key.dtype != np.uint32 or key.shape != _legacy_shape()):
         raise TypeError(f"{wanted} an array of {key.dtype}{list(key.shape)}.")
     if typed and key.shape:
         raise TypeError(f"{wanted} {list(key.shape)} of them. Take one: `keys[0]`.")
+
+
+def _legacy_shape() -> tuple[int, ...]:
+    """The shape of a key that is an array of numbers, of the implementation that is in force."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def check_like(tree: Any, params: Any, function: str, name: str) -> None:
@@ -132,6 +140,18 @@ def check_like(tree: Any, params: Any, function: str, name: str) -> None:
         )
 
 
+def check_gradient(gradient: Any, params: Any, function: str, name: str) -> None:
+    """Raise unless this is a gradient: a tree like the parameters, of real floating numbers."""
+    check_like(gradient, params, function, name)
+    for path, x in jax.tree_util.tree_leaves_with_path(gradient):
+        real = isinstance(x, float | int) and not isinstance(x, bool)
+        if not real and not jnp.issubdtype(getattr(x, "dtype", object), jnp.floating):
+            raise TypeError(
+                f"{function}: {name} must be of real floating-point numbers, but at "
+                f"`{jax.tree_util.keystr(path) or '.'}` it is {getattr(x, 'dtype', type(x))}."
+            )
+
+
 def check_params(params: Any, function: str = "sharpness_aware", whole: bool = True) -> None:
     """Raise unless these are parameters that can be perturbed: real, floating, and, for ``whole``,
     all of them."""
@@ -146,6 +166,7 @@ def check_params(params: Any, function: str = "sharpness_aware", whole: bool = T
             "`grad_fn` would not get whole parameters. Put it outside: `mask=` chooses the "
             "perturbed leaves, and the masked transformation can be its `base`."
         )
+    _check_modules(params, function)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = jax.tree_util.keystr(path)
         if not (is_array(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
@@ -158,6 +179,26 @@ def check_params(params: Any, function: str = "sharpness_aware", whole: bool = T
             raise TypeError(
                 f"{function}: parameters must be real floating-point arrays, but "
                 f"`{where}` is {jnp.result_type(leaf)}. Split such leaves off."
+            )
+
+
+def _check_modules(params: Any, function: str) -> None:
+    """Raise where the parameters are a Flax NNX model whose other variables would be, too."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
+    for model in (x for x in found if isinstance(x, nnx.Module)):
+        variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
+        other = [
+            x for x in variables if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
+        ]
+        if other:
+            raise TypeError(
+                f"{function}: the parameters are the NNX model `{type(model).__name__}`, whose "
+                f"`{type(other[0]).__name__}` would be perturbed, or stay as it is. Use "
+                "`nnx_sharpness_aware_value_and_grad`, `nnx_sharpness_aware_loss` or `nnx_step`; "
+                "or split the model, and hand over its parameters."
             )
 
 
@@ -202,7 +243,7 @@ def check_evaluation(value: Any, gradient: Any, params: Any) -> None:
             "`has_aux=True`, drop the auxiliary output: "
             "`grad_fn=lambda p: jax.grad(loss, has_aux=True)(p)[0]`."
         )
-    check_like(gradient, params, "sharpness_aware", "the perturbed gradient")
+    check_gradient(gradient, params, "sharpness_aware", "the perturbed gradient")
     if value is None:
         return
     if not hasattr(value, "dtype") and not isinstance(value, float | int):
@@ -265,6 +306,23 @@ def check_boolean(function: str, argument: str, value: Any) -> None:
         raise TypeError(f"{function}: `{argument}` must be True or False, got {value!r}.")
 
 
+def check_scale(function: str, scale: Any) -> None:
+    """Raise unless an elementwise scale is a function of the parameters, or None."""
+    if scale is not None and not callable(scale):
+        raise TypeError(
+            f"{function}: `scale` must be a function from the parameters to a tree like them, got "
+            f"{scale!r}."
+        )
+
+
+def check_extra_args(function: str, extra_args: Any) -> None:
+    """Raise unless these are keywords for an optimizer or a perturbation, or None."""
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(
+            f"{function}: `extra_args` must be a dictionary of keywords, got {extra_args!r}."
+        )
+
+
 def with_keywords(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.with_extra_args_support`, which would hide that `optax.MultiSteps` takes keywords."""
     if isinstance(getattr(tx.update, "__self__", None), optax.MultiSteps):
@@ -289,31 +347,37 @@ def check_base(state: Any) -> None:
 
 def is_identity(tx: optax.GradientTransformation) -> bool:
     """Whether a transformation hands on what it is given, as `optax.identity` does."""
-    leaf = object()
     try:
-        return tx.update(leaf, tx.init(leaf), leaf)[0] is leaf  # type: ignore[arg-type]
-    except Exception:  # it looked into the leaf, so that it does something
+        with jax.ensure_compile_time_eval():
+            # What looks into a leaf does something; so may what looks at arrays alone.
+            for leaf in (object(), jnp.ones(())):
+                if tx.update(leaf, tx.init(leaf), leaf)[0] is not leaf:  # type: ignore[arg-type]
+                    return False
+    except Exception:
         return False
+    return True
 
 
 def check_displacement(perturbation: Any, state: Any, params: Any, function: str) -> None:
     """Raise where `optax.masked` in a perturbation hands on the gradient as a displacement."""
-    masked = find_states(state, optax.MaskedState, optax.PartitionState)  # groups mask each other
-    if not any(isinstance(x, optax.MaskedState) for x in masked):
+    if not find_states(state, optax.MaskedState, optax.PartitionState):
         return
+
+    def displace(g):
+        return perturbation.update(g, state, params, step=0, grad_fn=lambda point: point)[0]
+
     try:
-        closed = jax.make_jaxpr(lambda g: perturbation.update(g, state, params, step=0)[0])(
+        closed = jax.make_jaxpr(displace)(
             jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), accumulator(x)), params)
         )
     except Exception:  # it needs keywords that only a step has
         return
-    inputs = set(closed.jaxpr.invars)
-    raw = [not hasattr(x, "val") and x in inputs for x in closed.jaxpr.outvars]
-    if any(raw) and not all(raw):
+    if not set(filter(_is_variable, closed.jaxpr.outvars)).isdisjoint(closed.jaxpr.invars):
         raise ValueError(
-            f"{function}: `optax.masked` in the perturbation hands on the gradient of the other "
-            "leaves, so that it would be their displacement. Name the leaves that are perturbed "
-            "with the method's own `mask=`."
+            f"{function}: `optax.masked`, or a group of `optax.partition`, in the perturbation "
+            "hands on the gradient of some leaves, so that it would be their displacement. Name "
+            "the leaves that are perturbed with the method's own `mask=`; in a partition, "
+            "`optax.set_to_zero()` leaves a group where it is."
         )
 
 
@@ -323,31 +387,93 @@ class Origin(NamedTuple):
     Attributes:
         shape: what it looks like.
         follows: whether it depends on the arguments' values.
-        constant: its value, where it was known when tracing; else None.
+        value: ``value()`` computes it, and nothing else, where it does not.
     """
 
     shape: Any
     follows: bool
-    constant: Any
+    value: Callable[[], Any]
 
 
 def origins(function: Callable, *args: Any) -> Any:
     """For every output of ``function(*args)``, its `Origin`."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    reached = set(closed.jaxpr.invars)
-
-    def is_reached(x):
-        return not hasattr(x, "val") and x in reached
-
-    for equation in closed.jaxpr.eqns:
-        if any(map(is_reached, equation.invars)):
-            reached.update(equation.outvars)
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    reached = _reached(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+    given = jax.tree.leaves(args)
     leaves = [
-        Origin(shape, is_reached(x), x.val if hasattr(x, "val") else known.get(x))
-        for x, shape in zip(closed.jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
+        Origin(shape, follows, functools.partial(_output, closed, i, given))
+        for i, (shape, follows) in enumerate(zip(jax.tree.leaves(shapes), reached, strict=True))
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether an operand of a program is a variable, and not a number written into it."""
+    return not hasattr(x, "val")
+
+
+def _output(closed: Any, index: int, args: list) -> Any:
+    """One output of a program, from the operations that it needs."""
+    wanted, needed = closed.jaxpr.outvars[index], []
+    live = {wanted} if _is_variable(wanted) else set()
+    for equation in reversed(closed.jaxpr.eqns):
+        if not live.isdisjoint(equation.outvars):
+            needed.append(equation)
+            live.update(filter(_is_variable, equation.invars))
+    jaxpr = closed.jaxpr.replace(eqns=needed[::-1], outvars=[wanted], effects=frozenset())
+    return jax.extend.core.jaxpr_as_fun(closed.replace(jaxpr=jaxpr))(*args)[0]
+
+
+def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+    """Which outputs of a program depend on the inputs that are named."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    reached = {x for x, yes in zip(jaxpr.invars, inputs, strict=True) if yes}
+
+    def flags(operands):
+        return [_is_variable(x) and x in reached for x in operands]
+
+    for equation in jaxpr.eqns:
+        outputs = _through(equation, flags(equation.invars))
+        reached.update(x for x, yes in zip(equation.outvars, outputs, strict=True) if yes)
+    return flags(jaxpr.outvars)
+
+
+def _through(equation: Any, inputs: list[bool]) -> list[bool]:
+    """`_reached` for one operation; where it holds programs, for those in it."""
+    params, name, number = equation.params, equation.primitive.name, len(equation.outvars)
+    everything = [any(inputs)] * number
+    if not any(inputs):
+        return everything
+    if name == "cond":
+        found = [_reached(branch, inputs[1:]) for branch in params["branches"]]
+        return everything if inputs[0] else [any(x) for x in zip(*found, strict=True)]
+    if name == "while":
+        before, consts = params["cond_nconsts"], params["body_nconsts"]
+        fixed, carry = inputs[before : before + consts], inputs[before + consts :]
+        carry = _settled(lambda carry: _reached(params["body_jaxpr"], fixed + carry), carry)
+        stops = any(_reached(params["cond_jaxpr"], inputs[:before] + carry))
+        return everything if stops else carry
+    inside = params.get("jaxpr", params.get("call_jaxpr"))
+    program = getattr(inside, "jaxpr", inside)
+    shape = (len(inputs), number)
+    if program is None or (len(program.invars), len(program.outvars)) != shape:
+        return everything
+    if name == "scan":
+        if "num_consts" in params:
+            first, count = params["num_consts"], params["num_carry"]
+        else:  # from JAX 0.11 on
+            first, count = (len(list(part)) for part in params["ft_in"].unpack()[:2])
+        fixed, carry, over = inputs[:first], inputs[first : first + count], inputs[first + count :]
+        carry = _settled(lambda carry: _reached(program, fixed + carry + over)[:count], carry)
+        return _reached(program, fixed + carry + over)
+    return _reached(program, inputs)
+
+
+def _settled(step: Callable, carry: list[bool]) -> list[bool]:
+    """What a loop's carried values depend on, after any number of rounds."""
+    while (new := [a or b for a, b in zip(carry, step(carry), strict=True)]) != carry:
+        carry = new
+    return carry
 
 
 def _freezes(base: Any, state: Any, params: Any) -> bool:
@@ -374,6 +500,7 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
         ),
         optax.contrib.ReduceLROnPlateauState: "`reduce_on_plateau` scales the base's rate",
         (
+            optax.contrib.COCOBState,
             optax.contrib.DAdaptAdamWState,
             optax.contrib.DoGState,
             optax.contrib.DoWGState,

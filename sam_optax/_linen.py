@@ -101,12 +101,28 @@ def collections_of(state: Any, frozen: Sequence[str]) -> Callable[[Any], tuple[A
     return split
 
 
-def check_scale(state: Any, loss_scale: Any) -> None:
-    """Raise where a state's ``DynamicScale`` would be left out."""
+def check_train_state(state: Any, loss_scale: Any) -> None:
+    """Raise where what a state does beyond `TrainState` would be left out."""
+    from flax.training.train_state import TrainState
+
+    own = getattr(type(state), "apply_gradients", None)
+    if own is not TrainState.apply_gradients and isinstance(state, TrainState):
+        raise TypeError(
+            f"linen_step: `{type(state).__name__}` has an `apply_gradients` of its own, which this "
+            "step cannot call: what it does, such as an average of the parameters, would be left "
+            "out. Do that after the step; or take `sharpness_aware_value_and_grad`, and call "
+            "`state.apply_gradients(grads=found.grads)`."
+        )
+    if isinstance(state.params, Mapping) and "_overwrite_with_gradient" in state.params:
+        raise ValueError(
+            "linen_step: `params` hold `_overwrite_with_gradient`, Flax's scales for float8, which "
+            "are no parameters, and are not perturbed. Split them off, and put their gradient in "
+            "their place after the step."
+        )
     if loss_scale is None and getattr(state, "dynamic_scale", None) is not None:
         raise ValueError(
             "linen_step: the state has a `dynamic_scale`, which this step does not drive. Pass "
             "`loss_scale=state.dynamic_scale.scale` with `skip_nonfinite=True` and adapt the scale "
             "by `metrics.skipped`; or give `state.dynamic_scale.value_and_grad` a loss from "
-            "`sharpness_aware_loss`, and use no step."
+            "`sharpness_aware_loss(..., loss_scale=state.dynamic_scale.scale)`, and use no step."
         )

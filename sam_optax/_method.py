@@ -16,6 +16,7 @@ from sam_optax._checks import (
     check_boolean,
     check_displacement,
     check_evaluation,
+    check_gradient,
     check_like,
     check_params,
     check_parts,
@@ -27,8 +28,10 @@ from sam_optax._tree import (
     cosine,
     distance,
     fill,
+    keep_finite,
     keep_order,
     norm,
+    prune,
     punch,
     shifted,
     upcast,
@@ -80,6 +83,7 @@ class _Probe(NamedTuple):
 
     look: Evaluate
     axes: tuple
+    keep: Any
 
     def __call__(self, point: Params) -> tuple[Any, Gradient]:
         """The loss and its gradient at a point."""
@@ -89,6 +93,10 @@ class _Probe(NamedTuple):
     def average(self, tree: Any) -> Any:
         """The mean of a tree that differs between shards, as eps does."""
         return average(tree, self.axes)
+
+    def masked(self, tree: Any) -> Any:
+        """A tree like the parameters, with 0 where the mask left a leaf out."""
+        return fill(punch(self.keep, tree), jax.tree.map(jnp.zeros_like, tree))
 
 
 class _Outcome(NamedTuple):
@@ -235,7 +243,7 @@ class Method(NamedTuple):
         self, params: Params, clean: Evaluation, evaluate: Evaluate, extra: dict, axes: tuple
     ) -> _Here:
         check_params(params)
-        check_like(clean.gradient, params, "sharpness_aware", "the clean gradient")
+        check_gradient(clean.gradient, params, "sharpness_aware", "the clean gradient")
         axes = self.axes + tuple(axes)
         return _Here(
             params=params,
@@ -272,7 +280,7 @@ class Method(NamedTuple):
         def grad_fn(point):
             gradient = here.look(fill(point, here.params)).gradient
             gradient = average(gradient, here.axes) if self.sync_perturbation else gradient
-            return punch(here.keep, upcast(gradient))
+            return prune(upcast(gradient), point)  # a group of `optax.partition` sees its own
 
         seen = punch(here.keep, here.params)
         eps, moved = self.perturbation.update(
@@ -282,7 +290,9 @@ class Method(NamedTuple):
             **({"grad_fn": grad_fn} | here.extra | {"step": state.step}),  # type: ignore[call-arg]
         )
         check_like(eps, seen, "sharpness_aware", "the perturbation's displacement")
-        return eps, cast_like(average(moved, here.axes), state.perturbation)
+        moved = cast_like(average(moved, here.axes), state.perturbation)
+        # One gradient that is not finite, over which the base may pass, must not spoil the next.
+        return eps, jax.tree.map(keep_finite, moved, state.perturbation)
 
     def fresh(self, here: _Here, state: MethodState) -> _Outcome:
         """A step that ascends."""
@@ -345,7 +355,7 @@ class Method(NamedTuple):
             return {}
 
         zeros = jax.tree.map(jnp.zeros_like, upcast(here.params))
-        probe = _Probe(here.look, here.axes)
+        probe = _Probe(here.look, here.axes, here.keep)
         return {"eps": fill(eps, zeros), "params": here.params, "evaluate": probe}
 
     def _info(self, dtype: Any, **known: Any) -> SharpnessInfo:
@@ -396,7 +406,9 @@ def _from_value(function: str, extra: dict[str, Any]) -> Callable:
             "neither. In a trainer that calls `update` itself, use another form: hand it "
             "`sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
             "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
-            "`jax.value_and_grad`, with a plain optimizer."
+            "`jax.value_and_grad`, with a plain optimizer. In a step of this library: a plain "
+            "GradientTransformation around the method drops keywords; build an "
+            "optax.GradientTransformationExtraArgs from its `init` and `update`."
         )
     # Line searches look for the function's further arguments among the keywords, too.
     asked = list(inspect.signature(value_fn).parameters)[1:]

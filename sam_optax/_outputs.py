@@ -12,8 +12,8 @@ import optax
 
 from sam_optax._axes import vary, varying
 from sam_optax._checks import check_like, check_number, hyperparameter
-from sam_optax._plan import Plan, checked_loss, scaled, unscaled
-from sam_optax._step import Step, StepMetrics, check_loss_scale, plan_for, two_gradients
+from sam_optax._plan import Plan, check_loss_scale, checked_loss, scaled, unscaled
+from sam_optax._step import Step, StepMetrics, plan_for, two_gradients
 from sam_optax._tree import accumulator, cast_like, select, upcast
 from sam_optax._types import Evaluation, ScalarOrSchedule
 from sam_optax.one_gradient import clean_params

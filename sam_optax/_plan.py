@@ -13,7 +13,7 @@ import optax
 
 from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_number, is_array, origins
+from sam_optax._checks import check_boolean, check_number, is_array, origins
 from sam_optax._method import Method
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
@@ -42,7 +42,12 @@ def method_of(function: str, method: Any) -> Method:
                 "`update`."
             )
         elif isinstance(method, optax.GradientTransformation):
-            hint = " A perturbation becomes one by `Method(perturbation)`."
+            hint = (
+                " Nothing may be around it: what follows belongs to the trainer's optimizer. A "
+                "perturbation becomes one by `Method(perturbation)`."
+            )
+        elif callable(method):
+            hint = " Was it meant to be called first?"
         raise TypeError(
             f"{function}: `method` must be a Method, or what a method such as "
             f"`gsam(optax.identity(), rho=0.05)` returned; got {method!r}.{hint}"
@@ -60,6 +65,9 @@ def checked_loss(
     split: Callable[[Any], tuple[Any, Any]] = lambda aux: (aux, ()),
 ) -> Loss:
     """A loss that the user wrote; ``split(aux)`` is ``(aux, carried)``."""
+    check_boolean(function, "has_aux", has_aux)
+    if not callable(loss_fn):
+        raise TypeError(f"{function}: the loss must be a function, got {loss_fn!r}.")
 
     def loss(params, *args):
         result = loss_fn(params, *args, **kwargs)
@@ -91,6 +99,20 @@ def checked_loss(
         return value, split(aux)
 
     return loss
+
+
+def check_loss_scale(function: str, loss_scale: Any) -> None:
+    """Raise unless this is a number that a loss can be multiplied by, or None."""
+    if loss_scale is None:
+        return
+    if isinstance(loss_scale, str) or not (is_array(loss_scale) or np.isscalar(loss_scale)):
+        raise TypeError(
+            f"{function}: `loss_scale` must be a number, got {type(loss_scale).__name__}. Of "
+            "Flax's DynamicScale, pass `loss_scale=dynamic_scale.scale` with "
+            "`skip_nonfinite=True`; or give `dynamic_scale.value_and_grad` a loss from "
+            "`sharpness_aware_loss(..., loss_scale=dynamic_scale.scale)`, and use no step."
+        )
+    check_number(function, "loss_scale", loss_scale, open_low=True, schedule=False)
 
 
 def scaled(loss: Loss, loss_scale: Any = None) -> Loss:

@@ -13,18 +13,22 @@ import optax
 from sam_optax._axes import average
 from sam_optax._checks import (
     check_alive,
-    check_number,
+    check_boolean,
+    check_extra_args,
     check_params,
     check_state,
     find_states,
-    is_array,
     with_keywords,
 )
-from sam_optax._plan import At, Loss, Plan, differentiated
+from sam_optax._plan import At, Loss, Plan, check_loss_scale, differentiated
 from sam_optax._tree import accumulator, all_finite, cast_like, select, upcast
 from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
+from sam_optax.bayesian import BayesianState
 from sam_optax.combinator import SharpnessAware
 from sam_optax.one_gradient import displaced_params
+
+TWO_GRADIENTS = (SharpnessAwareState, BayesianState)
+"""States of the optimizers that take a second gradient."""
 
 
 class StepMetrics(NamedTuple):
@@ -93,7 +97,7 @@ class StepMetrics(NamedTuple):
 def check_optimizer(function: str, tx: Any, plan: Plan) -> None:
     """Raise where a step cannot use this optimizer, or an option has to look into it."""
     if not isinstance(tx, optax.GradientTransformation):
-        hint = ""
+        hint = " Was it meant to be called first?" if callable(tx) else ""
         if isinstance(tx, optax.MultiSteps):
             hint = (
                 " Around a sharpness-aware optimizer, MultiSteps descends along the last "
@@ -124,19 +128,20 @@ def find_info(opt_state: Any) -> SharpnessInfo | None:
 
 def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: bool) -> None:
     """Raise for states under which a step would be another algorithm, or none."""
-    if find_states(opt_state, OneGradientState) and find_states(opt_state, SharpnessAwareState):
+    check_boolean(function, "skip_nonfinite", skip_nonfinite)
+    if find_states(opt_state, OneGradientState) and find_states(opt_state, *TWO_GRADIENTS):
         raise ValueError(
             f"{function}: the optimizer holds a sharpness-aware and a one-gradient method, so that "
             "the parameters would be displaced twice. Use one of the two."
         )
-    if len(find_states(opt_state, SharpnessAwareState)) > 1:
+    if len(find_states(opt_state, *TWO_GRADIENTS)) > 1:
         raise ValueError(
             f"{function}: the optimizer holds two sharpness-aware methods, of which the second "
             "would ascend along the first one's updates. Use one; of two, compose the parts: "
             "`sharpness_aware(base, perturbation, surrogate, policy)`."
         )
     for node in find_states(opt_state, optax.ApplyIfFiniteState):
-        if find_states(node.inner_state, SharpnessAwareState) and not skip_nonfinite:
+        if find_states(node.inner_state, *TWO_GRADIENTS) and not skip_nonfinite:
             raise ValueError(
                 f"{function}: `optax.apply_if_finite` around a sharpness-aware optimizer looks at "
                 "the clean gradient alone; what is not finite in the perturbed one would reach the "
@@ -149,7 +154,7 @@ def _check_state(function: str, opt_state: Any, params: Any, skip_nonfinite: boo
             "drive it. Use `sam_optax.sam`."
         )
     for node in find_states(opt_state, optax.MultiStepsState):
-        if find_states(tuple(node), SharpnessAwareState):
+        if find_states(tuple(node), *TWO_GRADIENTS):
             raise ValueError(
                 f"{function}: `optax.MultiSteps` around a sharpness-aware optimizer descends along "
                 "the last micro-batch alone. Use `num_microbatches=`, put MultiSteps inside, as "
@@ -206,6 +211,7 @@ class Step(NamedTuple):
         """The first evaluation, of every group where there are some: at the clean parameters, or
         where a one-gradient optimizer displaces them to."""
         check_alive(self.plan.function, params=params, opt_state=opt_state)
+        check_extra_args(self.plan.function, self.extra_args)
         if isinstance(self.tx, SharpnessAware):
             check_state(self.plan.function, opt_state, SharpnessAwareState)
         _check_state(self.plan.function, opt_state, params, self.skip_nonfinite)
@@ -254,7 +260,7 @@ class Step(NamedTuple):
             updates, new_state = self.tx.parts.descend(found, method, opt_state, params, extra)
         else:
             clean_aux, aux = first.aux, first.aux[0]
-            if find_info(opt_state) is not None:
+            if find_states(opt_state, *TWO_GRADIENTS):
 
                 def value_and_grad_fn(point):
                     return self._watched(point, first.aux, *args)[:2]
@@ -268,6 +274,8 @@ class Step(NamedTuple):
         taken = jnp.ones((), bool)
         if self.skip_nonfinite:
             taken = all_finite(gradient)
+            if info is None and find_states(new_state, BayesianState):
+                taken &= all_finite(updates)
             if info is not None:
                 taken &= jnp.isfinite(info.perturbed_value) | ~info.ascended
             new_params = select(taken, new_params, params)
@@ -332,17 +340,3 @@ def two_gradients(
         skip_nonfinite,
         extra_args,
     )
-
-
-def check_loss_scale(function: str, loss_scale: Any) -> None:
-    """Raise unless this is a number that a loss can be multiplied by, or None."""
-    if loss_scale is None:
-        return
-    if isinstance(loss_scale, str) or not (is_array(loss_scale) or np.isscalar(loss_scale)):
-        raise TypeError(
-            f"{function}: `loss_scale` must be a number, got {type(loss_scale).__name__}. Of "
-            "Flax's DynamicScale, pass `loss_scale=dynamic_scale.scale` with "
-            "`skip_nonfinite=True`; or give `dynamic_scale.value_and_grad` a loss from "
-            "`sharpness_aware_loss`, and use no step."
-        )
-    check_number(function, "loss_scale", loss_scale, open_low=True, schedule=False)

@@ -111,6 +111,12 @@ def select(keep: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(keep, x, y), new, old)
 
 
+def keep_finite(new: Any, old: Any) -> Any:
+    """A leaf, with the elements of ``old`` where its own are not finite."""
+    floats = jnp.issubdtype(jnp.result_type(new), jnp.inexact)
+    return jnp.where(jnp.isfinite(new), new, old) if floats else new
+
+
 def keep_order(tree: Any, after: jax.Array) -> Any:
     """``tree``, which XLA may not hand on before it has computed the number ``after``."""
     # It is never -1; a barrier would be taken away again before XLA orders its operations.

@@ -47,7 +47,8 @@ class SurrogateRule(NamedTuple):
             ``eps=``, ``params=`` and ``evaluate=`` besides: the displacement (0 where a mask left a
             leaf out), the parameters, and ``evaluate(point) -> (loss, gradient)`` on the step's own
             batch, averaged as ``gp`` is. Of m-sharpness, eps is the shard's own:
-            ``evaluate.average(tree)`` is the mean over the shards, for what enters the direction.
+            ``evaluate.average(tree)`` is the mean over the shards, for what enters the direction;
+            ``evaluate.masked(tree)`` has 0 where the mask left a leaf out.
     """
 
     init: Callable[[Params], State]

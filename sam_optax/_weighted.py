@@ -11,15 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax._plan import Plan, checked_loss, differentiated, unscaled
-from sam_optax._step import (
-    Step,
-    StepMetrics,
-    check_loss_scale,
-    find_info,
-    plan_for,
-    two_gradients,
-)
+from sam_optax._checks import find_states
+from sam_optax._plan import Plan, check_loss_scale, checked_loss, differentiated, unscaled
+from sam_optax._step import TWO_GRADIENTS, Step, StepMetrics, plan_for, two_gradients
 from sam_optax._tree import upcast
 from sam_optax._types import Evaluation
 from sam_optax.combinator import SharpnessAware
@@ -154,7 +148,7 @@ def weighted_sharpness_step(
         losses = checked_loss(per_example_loss_fn, has_aux, kwargs, function, per_example=True)
         options = (skip_nonfinite, extra_args)
         if not isinstance(tx, SharpnessAware):
-            if find_info(opt_state) is not None:
+            if find_states(opt_state, *TWO_GRADIENTS):
                 raise TypeError(
                     f"{function}: `tx` must be what `sharpness_aware` or a method such as `sam` "
                     "returned, not a transformation around it, which would see one part of the "
@@ -213,4 +207,6 @@ def _checked_weights(plan: Plan, weights: Callable, args: tuple, losses: jax.Arr
     known = not isinstance(c, jax.core.Tracer)
     if known and not np.all((np.asarray(c) >= 0) & (np.asarray(c) <= 1)):
         raise ValueError(f"{plan.function}: `weights` must be in [0, 1], got {c!r}.")
-    return jax.lax.stop_gradient(jnp.asarray(c, losses.dtype))
+    c = jax.lax.stop_gradient(jnp.asarray(c, losses.dtype))
+    # Of the losses' type: sharded, or different on every device, as they are.
+    return c + jnp.where(jnp.isnan(losses), 0, jnp.zeros((), losses.dtype))

@@ -27,6 +27,7 @@ from sam_optax._axes import tracked, varying
 from sam_optax._checks import (
     check_base,
     check_closed_base,
+    check_gradient,
     check_like,
     check_params,
     check_parts,
@@ -155,8 +156,9 @@ def _check_term(base: Any, state: State, params: Params) -> None:
             one = jax.tree.map(np.ones_like, zero)
             small = base.init(zero)
             alone, both = (base.update(one, small, zero, decoupled=term)[0] for term in (zero, one))
+            # As it is, 1. Clipping behind the term turns a leaf, too, but not by as much.
             opposed = [
-                bool(jnp.all(u * (v - u) < 0))
+                bool(jnp.all((u < 0) & (v - u > 0.5)))
                 for u, v in zip(jax.tree.leaves(alone), jax.tree.leaves(both), strict=True)
             ]
     except Exception:  # it asks for more than a gradient, or for other shapes
@@ -219,8 +221,9 @@ class Combinator(NamedTuple):
         **extra_args: Any,
     ) -> tuple[Any, SharpnessAwareState]:
         """One step, from the clean gradient."""
-        check_params(params)
         check_state("sharpness_aware", state, SharpnessAwareState)
+        check_params(params)
+        check_gradient(updates, params, "sharpness_aware", "the clean gradient")
         evaluate = evaluation_of("sharpness_aware", grad_fn, value_and_grad_fn, extra_args)
         axes = tracked(self.method.axes)
         if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
@@ -347,8 +350,8 @@ def sharpness_aware(
             term``. A number or a schedule: that of the base. The term then passes by whatever is in
             the base. Where it can be seen that they would part ways (frozen leaves, parameter
             groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``, a
-            rate that Optax's optimizers find by themselves), that is an error; a rate that somebody
-            else's base changes cannot be seen.
+            rate that Optax's optimizers find by themselves), that is an error; a line search scales
+            the rest alone, and a rate that somebody else's base changes cannot be seen.
         mask: which leaves are perturbed: a tree of bools like the parameters or a prefix of it,
             or a function from the parameters to such a tree; None for all. The others get eps = 0
             and are left out of its norm; the base optimizer updates them all the same.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from sam_optax._checks import check_alive, check_params, check_state
+from sam_optax._checks import check_alive, check_extra_args, check_params, check_state
 from sam_optax._method import Method
 from sam_optax._nnx import functional, import_nnx
 from sam_optax._plan import Plan, checked_loss, differentiated, method_of
@@ -33,6 +33,7 @@ class SharpnessAwareGradient(NamedTuple):
 
 def _estimate(plan: Plan, loss: Callable, params: Params, state: Any, args: tuple, extra: Any):
     check_alive(plan.function, params=params, state=state)
+    check_extra_args(plan.function, extra)
     check_state(plan.function, state, MethodState)
     check_params(params, plan.function)
     evaluate = plan.accumulated(differentiated(loss))

@@ -18,7 +18,7 @@ from sam_optax._axes import vary
 from sam_optax._checks import is_array
 from sam_optax._method import Method
 from sam_optax._nnx import functional, import_nnx
-from sam_optax._plan import checked_loss, method_of
+from sam_optax._plan import check_loss_scale, checked_loss, differentiated, method_of
 from sam_optax._tree import accumulator, upcast
 from sam_optax._types import Evaluation
 
@@ -86,6 +86,7 @@ def sharpness_aware_loss(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     step: Any = None,
+    loss_scale: Any = None,
 ) -> Callable[..., Any]:
     r"""A loss whose value is the clean one, and whose *derivative* is the surrogate gradient.
 
@@ -93,8 +94,8 @@ def sharpness_aware_loss(
               \mathrm{d} \tilde L(w) = \langle d, \mathrm{d} w \rangle, \qquad
               d = \mathrm{surrogate}(\nabla L(w), \nabla L(w + \epsilon))
 
-    For trainers that take a loss and own the rest: accumulation, clipping, loss scaling, sharding
-    and checkpoints stay theirs. ``jax.grad``, ``jax.value_and_grad`` and ``jax.jvp`` of it work.
+    For trainers that take a loss and own the rest: accumulation, clipping, sharding and checkpoints
+    stay theirs. ``jax.grad``, ``jax.value_and_grad`` and ``jax.jvp`` of it work.
 
     Args:
         loss_fn: ``loss_fn(*args, **kwargs) -> loss``, or ``(loss, aux)``; a pure function. It may
@@ -108,10 +109,15 @@ def sharpness_aware_loss(
         has_aux: the loss returns ``(loss, aux)``; ``aux`` is of the clean pass, and its derivative
             0.
         step: the step count, for methods with schedules, random draws or a policy of the step.
+        loss_scale: a positive number, which may be traced: both gradients are taken of the loss
+            times this, which keeps those of float16 from underflowing, and divided by it, in
+            float32 at least. With Flax's ``DynamicScale``, whose own scale comes later and reaches
+            no pass within: ``dynamic_scale.value_and_grad(sharpness_aware_loss(loss_fn, method,
+            loss_scale=dynamic_scale.scale))``.
 
     Returns:
-        A function with the signature and value of ``loss_fn``; gradients have the shapes and dtypes
-        of the parameters.
+        A function with the signature and value of ``loss_fn``, not scaled; gradients have the
+        shapes and dtypes of the parameters.
 
     Cost: that of ``loss_fn`` until it is differentiated; then, one gradient more per ascent, and
     while it lasts one copy of the perturbed leaves. It is traced once more, to find what it closes
@@ -123,7 +129,7 @@ def sharpness_aware_loss(
         ValueError: when it is called, if the method needs a memory between steps (a running
             average, LookSAM, AE-SAM), has a decoupled term (`wsam`) or an ``axis_name``, or asks
             for the step that was not given.
-        TypeError: the loss does not return a scalar.
+        TypeError: the loss does not return a scalar; ``loss_scale`` is no number.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -138,6 +144,7 @@ def sharpness_aware_loss(
     function = "sharpness_aware_loss"
     chosen = method_of(function, method)._replace(info=False)
     positions = _positions(function, argnums)
+    check_loss_scale(function, loss_scale)
 
     @functools.wraps(loss_fn)
     def sharp_loss(*args: Any, **kwargs: Any) -> Any:
@@ -147,6 +154,8 @@ def sharpness_aware_loss(
                 "Pass the parameters by position."
             )
         where = [i % len(args) for i in positions]
+        if len(set(where)) < len(where):
+            raise ValueError(f"{function}: `argnums` = {argnums} names one argument twice.")
         marks = (
             tuple(jax.tree.map(lambda _, i=i: i in where, arg) for i, arg in enumerate(args)),
             jax.tree.map(lambda _: False, kwargs),
@@ -174,6 +183,13 @@ def sharpness_aware_loss(
             trees = [jax.tree.unflatten(structure, flat)[0][i] for i in where]
             return trees[0] if isinstance(argnums, numbers.Integral) else tuple(trees)
 
+        # A tree has the parameters in the order of `argnums`, a list in that of the arguments.
+        order = jax.tree.leaves(tree_of(range(len(params))))
+
+        def list_of(tree):
+            by_place = dict(zip(order, jax.tree.leaves(tree), strict=True))
+            return [by_place[i] for i in sorted(order)]
+
         _check_method(function, chosen, tree_of(params))
 
         def traced(params, others):
@@ -198,11 +214,14 @@ def sharpness_aware_loss(
         # What the loss closes over becomes an argument: a rule that closed over it would be run
         # when the trace that it belongs to is over.
         @jax.custom_jvp
-        def call(params, rest, own_consts, step):
+        def call(params, rest, own_consts, step, loss_scale):
             return run(closed, params, *rest)
 
         def rule(primals, tangents):
-            (params, rest, own_consts, step), (in_params, in_rest, *_) = primals, tangents
+            (params, rest, own_consts, step, loss_scale), (in_params, in_rest, *_) = (
+                primals,
+                tangents,
+            )
             leaves, structure = jax.tree.flatten(rest)
             moving = {
                 i: t
@@ -214,15 +233,16 @@ def sharpness_aware_loss(
                 here = [moved.get(i, x) for i, x in enumerate(leaves)]
                 return run(closed, params, *jax.tree.unflatten(structure, here))
 
-            def loss(params):
-                return run(own, params, rest[0], own_consts)
+            evaluate = differentiated(
+                lambda params: run(own, params, rest[0], own_consts), loss_scale
+            )
 
             terms = []
             ascends = not all(isinstance(t, SymbolicZero) for t in in_params)
             if ascends:
                 at = vary(params, axes)
-                (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(at)
-                terms += _inner(direction(loss, at, gradient, step), in_params)
+                value, gradient, aux = evaluate(at)
+                terms += _inner(list_of(direction(evaluate, at, gradient, step)), in_params)
             if moving or axes or not ascends:
                 where = {i: leaves[i] for i in moving}
                 value, slope, aux = jax.jvp(along, (where,), (moving,), has_aux=True)
@@ -238,19 +258,19 @@ def sharpness_aware_loss(
             )
             return (value, aux), (jnp.asarray(total, value.dtype), still)
 
-        def direction(loss, params, gradient, step):
+        def direction(evaluate, params, gradient, step):
             tree = tree_of(params)
 
             def look(point):
-                slope = jax.grad(lambda p: loss(p)[0])(jax.tree.leaves(point))
-                return Evaluation(None, tree_of(slope))
+                found = evaluate(list_of(point))
+                return Evaluation(None, tree_of(found.gradient))
 
             state = chosen.init(tree)._replace(step=_NoStep() if step is None else step)
             clean = Evaluation(None, tree_of(gradient))
             return chosen.direction(tree, state, clean, look).descent
 
         call.defjvp(rule, symbolic_zeros=True)
-        value, aux = call(params, (others, closed.consts), own.consts, step)
+        value, aux = call(params, (others, closed.consts), own.consts, step, loss_scale)
         return (value, aux) if has_aux else value
 
     return sharp_loss
@@ -264,6 +284,7 @@ def nnx_sharpness_aware_loss(
     wrt: Any = None,
     has_aux: bool = False,
     step: Any = None,
+    loss_scale: Any = None,
 ) -> Callable[..., Any]:
     r"""`sharpness_aware_loss` for ``nnx.value_and_grad`` and ``nnx.grad``.
 
@@ -273,7 +294,7 @@ def nnx_sharpness_aware_loss(
         method: as in `sharpness_aware_loss`.
         argnums: the positional argument that is the model.
         wrt: which variables are parameters; None for ``nnx.Param``.
-        has_aux, step: as in `sharpness_aware_loss`.
+        has_aux, step, loss_scale: as in `sharpness_aware_loss`.
 
     Returns:
         A function with the signature and value of ``loss_fn``.
@@ -296,12 +317,15 @@ def nnx_sharpness_aware_loss(
     nnx = import_nnx(function)
     wrt = nnx.Param if wrt is None else wrt
     method_of(function, method)
+    if not isinstance(argnums, numbers.Integral) or isinstance(argnums, bool):
+        raise TypeError(f"{function}: `argnums` must be one integer, got {argnums!r}.")
 
     @functools.wraps(loss_fn)
     def sharp_loss(*args: Any, **kwargs: Any) -> Any:
         if not -len(args) <= argnums < len(args):
             raise ValueError(
-                f"{function}: `argnums` = {argnums} does not fit {len(args)} positional arguments."
+                f"{function}: `argnums` = {argnums} does not fit {len(args)} positional arguments. "
+                "Pass the model by position."
             )
         at = argnums % len(args)
 
@@ -310,7 +334,9 @@ def nnx_sharpness_aware_loss(
 
         others = args[:at] + args[at + 1 :]
         pure = functional(function, in_order, args[at], wrt, others, kwargs, has_aux)
-        sharp = sharpness_aware_loss(pure.loss, method, has_aux=True, step=step)
+        sharp = sharpness_aware_loss(
+            pure.loss, method, has_aux=True, step=step, loss_scale=loss_scale
+        )
         value, (aux, rest) = sharp(pure.params, *pure.args)
         pure.write(None, rest)
         return (value, aux) if has_aux else value

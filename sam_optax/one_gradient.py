@@ -31,6 +31,7 @@ import optax
 from sam_optax._checks import (
     check_boolean,
     check_displacement,
+    check_gradient,
     check_like,
     check_params,
     check_parts,
@@ -38,6 +39,7 @@ from sam_optax._checks import (
     find_states,
     hyperparameter,
     in_its_name,
+    is_array,
     resolve_mask,
     with_keywords,
 )
@@ -110,9 +112,9 @@ class OneGradient(NamedTuple):
         **extra_args: Any,
     ) -> tuple[Any, OneGradientState]:
         """One step, from the gradient at the displaced point."""
-        check_params(params, "one_gradient", whole=False)
-        check_like(updates, params, "one_gradient", "the gradient")
         self._check_state(state)
+        check_params(params, "one_gradient", whole=False)
+        check_gradient(updates, params, "one_gradient", "the gradient")
         before: Any = params
         if self.in_place:
             _check_tree("one_gradient", state.clean, params)
@@ -301,9 +303,37 @@ def _check_tree(function: str, tree: Any, params: Params) -> None:
         ) from None
 
 
+_REWORKED = (
+    optax.ConditionallyTransformState,
+    optax.LookaheadState,
+    optax.contrib.MechanicState,
+    optax.contrib.ScheduleFreeState,
+)
+"""Of wrappers that hand on other updates than those of the optimizer in them."""
+
+_WATCHES = (optax.MonitorState, optax.SnapshotState)
+
+
+def _displaces(state: Any) -> bool:
+    """Whether an in-place method is in a state."""
+    return any(x.clean is not None for x in find_states(state, OneGradientState))
+
+
+def _may_change(part: Any, before: Any) -> bool:
+    """Whether what has this state can change the updates of the in-place method before it."""
+    if isinstance(part, optax.MaskedState):  # other leaves, as far as a state tells
+        methods = find_states(before, OneGradientState)
+        leaves = jax.tree.leaves([x.clean for x in methods], is_leaf=is_hole)
+        return not any(map(is_hole, leaves))
+    return not (isinstance(part, _WATCHES) or is_array(part))
+
+
 def _is_followed(opt_state: Any) -> bool:
-    """Whether something follows an in-place method in a chain, by the state: that of `optax.chain`
-    is a plain tuple, that of `optax.named_chain` an OrderedDict."""
+    """Whether something follows an in-place method in a chain, or is around it, that changes its
+    updates, by the state: that of `optax.chain` is a plain tuple, that of `optax.named_chain` an
+    OrderedDict."""
+    if any(map(_displaces, find_states(opt_state, *_REWORKED))):
+        return True
 
     def is_chain(x):
         return type(x) in (tuple, OrderedDict)
@@ -311,8 +341,7 @@ def _is_followed(opt_state: Any) -> bool:
     for chain in filter(is_chain, jax.tree.leaves(opt_state, is_leaf=is_chain)):
         parts = list(chain.values()) if isinstance(chain, OrderedDict) else chain
         for i, part in enumerate(parts, start=1):
-            inside = find_states(part, OneGradientState)
-            if i < len(parts) and any(state.clean is not None for state in inside):
+            if _displaces(part) and any(_may_change(x, part) for x in parts[i:]):
                 return True
             if _is_followed(part):
                 return True
@@ -323,10 +352,11 @@ def _trees(function: str, params: Params, opt_state: Any, in_place: bool) -> lis
     """What one-gradient methods of one kind hold: displacements, or clean parameters."""
     if _is_followed(opt_state):
         raise ValueError(
-            f"{function}: in this chain, something follows a one-gradient method with "
-            "`in_place=True`, whose updates lead to the next displaced point and must not be "
-            "changed. Put what follows into its `base`: "
-            "`one_gradient(optax.chain(base, ...), perturbation, in_place=True)`."
+            f"{function}: in this state, something follows a one-gradient method with "
+            "`in_place=True` in a chain, or a wrapper is around it, while its updates lead to the "
+            "next displaced point and must not be changed. Put what follows into its `base`: "
+            "`one_gradient(optax.chain(base, ...), perturbation, in_place=True)`; or take "
+            "`in_place=False`."
         )
     found = []
     times = jax.tree.map(lambda _: 0, params)
@@ -352,13 +382,28 @@ def _is_displaced(function: str, params: Params, opt_state: Any) -> bool:
             f"`{function}(params, opt_state)`."
         )
 
+    if (
+        opt_state is None
+        or callable(opt_state)
+        or isinstance(opt_state, optax.GradientTransformation)
+    ):
+        raise TypeError(
+            f"{function}: the second argument must be an optimizer's state, as `tx.init(params)` "
+            f"returns it, got {opt_state!r}."
+        )
+
     def was_one(x):
-        return isinstance(x, Mapping) and set(x) == set(OneGradientState._fields)
+        if not isinstance(x, Mapping):
+            return False
+        names = set(x)  # without those that are empty, if they come from NNX
+        held = names & {"clean", "displacement"}
+        return bool(held) and "step" in names and names <= set(OneGradientState._fields)
 
     if any(map(was_one, jax.tree.leaves(opt_state, is_leaf=was_one))):
         raise TypeError(
-            f"{function}: the optimizer's state was restored as plain dictionaries. Restore it "
-            "into a state: with `flax.serialization.from_bytes(tx.init(params), ...)`, or with "
+            f"{function}: the optimizer's state is of plain dictionaries, as when it was restored "
+            "or taken from `nnx.state`. In NNX, hand over `optimizer.opt_state`; restore it into "
+            "a state: with `flax.serialization.from_bytes(tx.init(params), ...)`, or with "
             "`tx.init(params)` as Orbax's abstract state."
         )
     return bool(find_states(opt_state, OneGradientState))
@@ -380,8 +425,8 @@ def displaced_params(params: Params, opt_state: Any) -> Params:
 
     Raises:
         ValueError: the state is of other parameters (the first path that differs is named), two
-            methods displace one leaf, or something follows an in-place one in a chain.
-        TypeError: the arguments are swapped, or the state was restored as plain dictionaries.
+            methods displace one leaf, or something is around an in-place one, or follows it.
+        TypeError: the arguments are swapped, or the state is none, or of plain dictionaries.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -32,6 +32,7 @@ from sam_optax._checks import (
     check_like,
     check_number,
     check_parts,
+    check_scale,
     hyperparameter,
     resolve_mask,
 )
@@ -121,6 +122,7 @@ def steepest_ascent(
         is guarded, and nothing is added.
     """
     radius = hyperparameter("steepest_ascent", "rho", rho)
+    check_scale("steepest_ascent", scale)
 
     def displace(g, params, step, **extra_args):
         t = None if scale is None else _scale_of("steepest_ascent", scale, params, g)
@@ -787,6 +789,7 @@ def sign_ascent(
         <https://arxiv.org/abs/2010.01412>`_, ICLR 2021, whose p-norm ball for p = infinity it is.
     """
     edge = hyperparameter("sign_ascent", "rho", rho)
+    check_scale("sign_ascent", scale)
 
     def displace(g, params, step, **extra_args):
         def sign(x, t=1.0):
@@ -1055,6 +1058,7 @@ def repeated(
     """
     check_number("repeated", "num_steps", num_steps, low=1, integer=True)
     check_parts("repeated", perturbation=perturbation)
+    check_boolean("repeated", "reset", reset)
     climb = optax.with_extra_args_support(perturbation)
 
     def update(updates, state, params=None, *, grad_fn: Any = None, **extra_args):

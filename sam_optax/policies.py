@@ -216,7 +216,7 @@ def above_gradient_norm(
         deviation = jnp.hypot(
             jnp.sqrt(delta) * state.deviation, jnp.sqrt(1 - delta) * (size - mean)
         )
-        fraction = jnp.asarray(jnp.minimum(step / total_steps, 1), dtype)
+        fraction = jnp.minimum(jnp.asarray(step, dtype) / jnp.asarray(total_steps, dtype), 1)
         low, high = (jnp.asarray(end(step), dtype) for end in (last, first))
         threshold = fraction * low + (1 - fraction) * high
         ascend = finite & (size >= mean + threshold * deviation)

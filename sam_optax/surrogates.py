@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax._checks import check_like, check_parts, hyperparameter, is_array
+from sam_optax._checks import check_like, check_parts, check_scale, hyperparameter, is_array
 from sam_optax._tree import (
     cast_like,
     distance,
@@ -27,6 +27,7 @@ from sam_optax._tree import (
     inner,
     norm,
     reject,
+    root,
     scale,
     select,
     shifted,
@@ -302,11 +303,11 @@ def reuse_orthogonal(alpha: ScalarOrSchedule) -> SurrogateRule:
         return ReuseState(optax.tree.zeros_like(upcast(params)))
 
     def fresh(g, gp, step, state):
-        both = inner(gp, g)
-        along = scale(divide(both, square(g)), g)
+        both, total = inner(gp, g), square(g)
+        along = scale(divide(both, total), g)
         orthogonal = jax.tree.map(jnp.subtract, upcast(gp), along)
         size = norm(orthogonal)
-        whole = jnp.hypot(size, divide(both, norm(g)))  # ||gp||, without another sum
+        whole = jnp.hypot(size, divide(both, root(total)))  # ||gp||, without another sum
         noise = 8 * jnp.finfo(size.dtype).eps * whole
         unit = scale(divide(1, jnp.where(size > noise, size, 0)), orthogonal)
         moved = ReuseState(cast_like(unit, state.orthogonal))
@@ -365,6 +366,7 @@ def renormalized(
         w)``; here they are plain norms unless asked for, as in the paper.
     """
     check_parts("renormalized", rule=rule)
+    check_scale("renormalized", scale)
     bound: Any = None
     if clip is not None:
         bound = hyperparameter("renormalized", "clip", clip, high=1, open_low=True, open_high=True)
@@ -595,8 +597,10 @@ def first_order_flatness(
     across = hyperparameter(name, "gamma", gamma)
 
     def fresh(g, gp, step, *, eps, params, evaluate):
+        masked = getattr(evaluate, "masked", lambda tree: tree)  # a plain function has no mask
+
         def climb(tree, length):
-            chosen = jax.tree.map(lambda e, x: jnp.where(jnp.any(e != 0), x, 0), eps, upcast(tree))
+            chosen = masked(upcast(tree))
             return scale(divide(length, norm(chosen)), chosen)
 
         def plus(tree, weight, other):

@@ -73,7 +73,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._dispatch import host_dispatched
-from sam_optax._linen import check_scale, collections_of
+from sam_optax._linen import check_train_state, collections_of
 from sam_optax._nnx import functional, import_nnx
 from sam_optax._outputs import MesaState, MesaStep, functional_step, mesa_step
 from sam_optax._plan import checked_loss
@@ -216,7 +216,8 @@ def linen_step(
 
     Raises:
         ValueError, TypeError: as `two_gradient_step`; no new value of a mutable collection that the
-            state has, or two; a ``dynamic_scale`` that the step would leave out.
+            state has, or two; a ``dynamic_scale``, or a subclass's ``apply_gradients``, that the
+            step would leave out; float8 scales that are overwritten with their gradients.
 
     Cost: that of ``state.tx``.
 
@@ -257,7 +258,7 @@ def linen_step(
         aux_reduce=aux_reduce,
     )
     plan.check_keywords(args, kwargs)
-    check_scale(state, loss_scale)
+    check_train_state(state, loss_scale)
     split = collections_of(state, frozen_collections)
     loss = checked_loss(loss_fn, has_aux, kwargs, plan.function, split=split)
     passes = two_gradients(loss, state.tx, plan, loss_scale, skip_nonfinite, extra_args)
@@ -310,7 +311,8 @@ def nnx_step(
 
     Raises:
         ImportError: Flax is not installed.
-        ValueError, TypeError: as `two_gradient_step`.
+        ValueError, TypeError: as `two_gradient_step`; an ``update`` of a subclass of
+            ``nnx.Optimizer``, which the step would leave out.
 
     Cost: that of ``optimizer.tx``.
 
@@ -335,6 +337,14 @@ def nnx_step(
         raise TypeError(
             "nnx_step: the arguments are an nnx.Module, an nnx.Optimizer for it, and the loss; got "
             f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
+    own = type(optimizer).update
+    if own not in (nnx.Optimizer.update, nnx.ModelAndOptimizer.update):
+        raise TypeError(
+            f"nnx_step: `{type(optimizer).__name__}` has an `update` of its own, which this step "
+            "cannot call: what it does beside the update would be left out. Do that after the "
+            "step; or take `nnx_sharpness_aware_value_and_grad`, and call "
+            "`optimizer.update(model, found.grads)`."
         )
     plan = plan_for(
         "nnx_step",

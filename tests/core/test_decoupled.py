@@ -315,3 +315,15 @@ def test_multi_steps_of_a_rule_without_a_term():
             updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
         results.append(updates)
     assert_same(*results)
+
+
+@pytest.mark.parametrize("after", [optax.clip_by_global_norm(0.3), optax.clip_by_block_rms(0.1)])
+@pytest.mark.parametrize("before", [optax.scale_by_rms(), optax.ema(0.9), optax.scale(1.0)])
+@pytest.mark.parametrize("leaves", [1, 3])
+def test_clipping_behind_the_term_is_not_a_misplaced_term(before, after, leaves):
+    """Both of `init`'s probes are then clipped to the same vector, up to rounding."""
+    w = [jnp.ones((2, 3), jnp.float32) for _ in range(leaves)]
+    rest = (after, optax.scale_by_learning_rate(0.03))
+    wsam(optax.chain(before, add_decoupled_term(), *rest), rho=RHO).init(w)
+    with pytest.raises(ValueError, match="behind the learning rate"):
+        wsam(optax.chain(before, *rest, add_decoupled_term()), rho=RHO).init(w)

@@ -1,5 +1,6 @@
 """Bad input is refused by name: function, argument, value, range, and what to do instead."""
 
+import fractions
 import functools
 import re
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import sam_optax
 from sam_optax import perturbations, policies, sharpness_aware, surrogates
@@ -322,7 +324,7 @@ def test_parameters_that_cannot_be_perturbed(dtype):
 def test_gradients_of_integers():
     """A direction cut to integers would be no direction."""
     whole = jax.tree.map(lambda x: x.astype(int), PARAMS)
-    with pytest.raises(TypeError, match="gradients must be real floating-point arrays, got int32"):
+    with pytest.raises(TypeError, match=r"the clean gradient must be of real.*int32"):
         update(sam(BASE), updates=whole, grad_fn=identity)
     with pytest.raises(TypeError, match="gradients must be real floating-point arrays, got int32"):
         steepest_ascent(0.1).update(whole, optax.EmptyState())
@@ -371,11 +373,11 @@ MISPLACED = [
     # `optax.masked` hands on what it leaves out: a raw gradient as the displacement.
     (
         lambda: sharpness_aware(BASE, optax.masked(steepest_ascent(0.1), KERNEL)).init(PLAIN),
-        r"sharpness_aware: `optax.masked` in the perturbation.*`mask=`",
+        r"sharpness_aware: `optax.masked`.* in the perturbation.*`mask=`",
     ),
     (
         lambda: lib.one_gradient(BASE, optax.masked(steepest_ascent(0.1), KERNEL)).init(PLAIN),
-        r"one_gradient: `optax.masked` in the perturbation.*`mask=`",
+        r"one_gradient: `optax.masked`.* in the perturbation.*`mask=`",
     ),
     (lambda: sharpness_aware(steepest_ascent(0.1), BASE), r"`base` is a perturbation.*comes first"),
     (lambda: lib.one_gradient(steepest_ascent(0.1), BASE), r"one_gradient: `base` is a pert"),
@@ -459,3 +461,121 @@ def test_masks_within_a_perturbation_that_set_a_part_to_zero():
     )
     for perturbation in both:
         sharpness_aware(BASE, perturbation).init(PLAIN)
+
+
+def grouped(part, labels):
+    return optax.partition({"on": steepest_ascent(0.1), "off": part}, labels)
+
+
+RAW = {
+    "none chosen": optax.masked(steepest_ascent(0.1), dict.fromkeys(PLAIN, False)),
+    "a group left alone": grouped(optax.identity(), {"kernel": "on", "bias": "off"}),
+    "masked in a group": grouped(
+        optax.masked(steepest_ascent(0.1), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        {"kernel": "off", "bias": "off"},
+    ),
+    "several steps": optax.masked(perturbations.repeated(steepest_ascent(0.1), 2), KERNEL),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_gradient_is_no_displacement(name):
+    with pytest.raises(ValueError, match=r"hands on the gradient of some leaves.*`mask=`"):
+        sharpness_aware(BASE, RAW[name]).init(PLAIN)
+
+
+def test_several_steps_in_groups():
+    """Each group climbs by itself; the gradients in between see both."""
+    two = perturbations.repeated(steepest_ascent(0.1), 2)
+    labels = {"kernel": "on", "bias": "off"}
+    tx: Any = sharpness_aware(BASE, optax.partition({"on": two, "off": two}, labels), info=True)
+    _, state = tx.update(PLAIN, tx.init(PLAIN), PLAIN, grad_fn=identity)
+    np.testing.assert_allclose(state.info.perturbation_norm, 0.2 * 2**0.5, rtol=1e-5)
+
+
+def test_a_base_that_looks_at_arrays_alone_is_no_identity():
+    base = optax.stateless(
+        lambda u, p: jax.tree.map(lambda x: -0.1 * x if isinstance(x, jax.Array) else x, u)
+    )
+    sam_optax.wsam(base, learning_rate=0.1).init(PLAIN)
+
+
+@pytest.mark.parametrize("way", ["clean", "perturbed", "one gradient", "in place"])
+@pytest.mark.parametrize("dtype", [int, complex])
+def test_gradients_are_real_and_floating(way, dtype):
+    bad = jax.tree.map(lambda x: x.astype(dtype), PLAIN)
+    with pytest.raises(TypeError, match=f"must be of real floating.*{dtype.__name__}"):
+        if way in ("clean", "perturbed"):
+            given = {"updates": bad if way == "clean" else PLAIN, "grad_fn": lambda p: bad}
+            tx = sam(BASE)
+            tx.update(given.pop("updates"), tx.init(PLAIN), PLAIN, **given)
+        else:
+            tx = lib.single_step_sam(BASE, in_place=way == "in place")
+            tx.update(bad, tx.init(PLAIN), PLAIN)
+
+
+def test_a_function_is_no_gradient():
+    with pytest.raises(ValueError, match="the clean gradient must be a tree like params"):
+        sam(BASE).update(identity, sam(BASE).init(PLAIN), PLAIN, grad_fn=identity)
+
+
+def test_an_nnx_model_with_more_than_parameters():
+    """Its statistics would be perturbed, and not move: the forms for NNX are for it."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense, self.norm = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+    net = Net(nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"sharpness_aware_loss`.*split the model"):
+        lib.sharpness_aware_loss(lambda m: 0.0, sam(BASE))(net)
+    with pytest.raises(TypeError, match="`BatchStat` would be perturbed"):
+        lib.sharpness_aware_value_and_grad(lambda m: 0.0, sam(BASE)).init(net)
+    sam(BASE).init(nnx.state(net, nnx.Param))
+    sam(BASE).init(net.dense)
+
+
+STEPS: Any = sam_optax.training
+PARTS: Any = perturbations
+RULES: Any = surrogates
+KINDS = [
+    (lambda: STEPS.two_gradient_step(total, sam(BASE), skip_nonfinite="no"), "`skip_nonfinite`"),
+    (lambda: STEPS.two_gradient_step(total, sam(BASE), has_aux="x"), "`has_aux` must be True"),
+    (lambda: STEPS.two_gradient_step(None, sam(BASE)), "the loss must be a function, got None"),
+    (lambda: STEPS.two_gradient_step(total, sam), "Was it meant to be called first?"),
+]
+
+
+@pytest.mark.parametrize(("make", "match"), KINDS)
+def test_kinds_of_options(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()(PLAIN, sam(BASE).init(PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: PARTS.steepest_ascent(0.1, 0.1), "steepest_ascent: `scale` must be a function"),
+        (lambda: PARTS.sign_ascent(0.1, [0.1]), "sign_ascent: `scale` must be"),
+        (lambda: RULES.renormalized(perturbed_gradient(), scale=0.5), "`scale` must be"),
+        (lambda: PARTS.repeated(steepest_ascent(0.1), 2, "no"), "`reset` must be True"),
+        (lambda: lib.sharpness_aware_loss(total, lib.sam), "meant to be called first"),
+        (lambda: lib.nnx_sharpness_aware_loss(total, sam(BASE), argnums=(0,)), "one integer"),
+        (lambda: lib.ss_sam(BASE, jax.random.PRNGKey(0, impl="rbg")), r"uint32\[4\]"),
+        (
+            lambda: STEPS.two_gradient_step(total, sam(BASE))(
+                PLAIN, sam(BASE).init(PLAIN), extra_args=[1]
+            ),
+            "`extra_args` must be a dictionary",
+        ),
+    ],
+)
+def test_kinds_of_arguments(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
+
+
+def test_a_fraction_is_a_number():
+    tx: Any = sam(BASE, fractions.Fraction(1, 4), info=True)
+    _, state = tx.update(PLAIN, tx.init(PLAIN), PLAIN, grad_fn=identity)
+    np.testing.assert_allclose(state.info.perturbation_norm, 0.25, rtol=1e-6)

@@ -5,6 +5,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,7 +30,7 @@ from sam_optax.surrogates import (
     renormalized,
     spherical,
 )
-from sam_optax.training import two_gradient_step
+from sam_optax.training import two_gradient_step, weighted_sharpness_step
 from tests.oracles.problems import Probe, one_batch, squared_error
 from tests.oracles.rows import untyped
 
@@ -434,6 +435,86 @@ def test_bayesian_sam_in_a_training_step():
     chex.assert_trees_all_close(
         (new, state), (optax.apply_updates(params, updates), wanted), rtol=1e-4, atol=1e-6
     )
+
+
+def cliff(w, x):
+    """Finite at 1, and no more from 1.5 on."""
+    return jnp.sum(x * w**2) + jnp.sum(jnp.sqrt(1.5 - w))
+
+
+def test_bayesian_sam_skips_what_is_not_finite():
+    tx, w = bayesian(num_data=1e30, rho=1.0, damping=0.1), jnp.ones(2)
+    step = jax.jit(two_gradient_step(cliff, tx, skip_nonfinite=True))
+    after, state, metrics = step(w, tx.init(w), jnp.ones(2))
+    assert metrics.skipped
+    chex.assert_trees_all_equal((after, state), (w, tx.init(w)))
+
+
+def test_bayesian_sam_takes_the_scaled_loss():
+    """Of float16, whose gradients would vanish otherwise."""
+
+    def loss(w, x):
+        half = jnp.float16(1e-4) * w.astype("float16") * x.astype("float16") * jnp.float16(2e-4)
+        return jnp.mean(half).astype(jnp.float32)
+
+    tx = bayesian(num_data=1e30, damping=0.1, prior_precision=0.0, beta_1=0.0)
+    step, w = two_gradient_step(loss, tx), jnp.zeros(2)
+    assert not step(w, tx.init(w), jnp.ones(2))[0].any()
+    assert step(w, tx.init(w), jnp.ones(2), loss_scale=2.0**15)[0].all()
+
+
+@pytest.mark.parametrize(
+    ("around", "match"),
+    [
+        (lambda tx: optax.apply_if_finite(tx, 3), "looks at the clean gradient alone"),
+        (lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "the last micro-batch"),
+        (lambda tx: optax.chain(sam_optax.sam(optax.identity()), tx), "two sharpness-aware"),
+    ],
+)
+def test_bayesian_sam_is_known_to_the_steps(around, match):
+    tx, w = around(bayesian()), jnp.ones(2)
+    with pytest.raises(ValueError, match=match):
+        two_gradient_step(cliff, tx)(w, tx.init(w), jnp.ones(2))
+    alone = bayesian()
+    step = weighted_sharpness_step(lambda w, x: x @ w, alone, lambda x: x[:, 0])
+    with pytest.raises(TypeError, match="`tx` must be what `sharpness_aware`"):
+        step(w, alone.init(w), jnp.ones((4, 2)))
+
+
+def test_gam_does_not_depend_on_how_leaves_are_cut():
+    """A leaf whose gradient is zero, behind a head of zeros, is displaced as any other."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(10, 3)), rng.normal(size=10)
+    w = {"hidden": jnp.asarray(rng.normal(size=(3, 4))), "head": jnp.zeros(4)}
+    flat_w, unravel = jax.flatten_util.ravel_pytree(w)
+    tx = sam_optax.gam(optax.sgd(1.0), 0.5, 0.5, gamma=0.0)
+
+    def updates(w, of):
+        def loss(w):
+            w = of(w)
+            return jnp.mean((jnp.tanh(x @ w["hidden"]) @ w["head"] - y) ** 2)
+
+        return tx.update(jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))[0]
+
+    chex.assert_trees_all_close(
+        unravel(updates(flat_w, unravel)), updates(w, lambda w: w), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_one_bad_gradient_does_not_spoil_a_perturbation_of_optax():
+    """Adam's averages keep what they had; the base passes over the step."""
+    climb = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
+    tx = untyped(sam_optax.sharpness_aware)(optax.apply_if_finite(optax.sgd(0.1), 9), climb)
+    w: Any = jnp.ones(3)
+    seen, state = [], tx.init(w)
+    for t in range(4):
+        bad = jnp.nan if t == 1 else 0.0
+        grad_fn = lambda w, bad=bad: w + bad  # noqa: E731
+        updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        w = optax.apply_updates(w, updates)
+        seen.append(float(w[0]))
+    chex.assert_tree_all_finite(state.perturbation)
+    assert seen[0] == seen[1] > seen[2] > seen[3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

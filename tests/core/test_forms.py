@@ -178,6 +178,51 @@ class TestLossForm:
         _, scanned = jax.lax.scan(lambda c, x: (c, grads(x)), 0, self.x[None])
         np.testing.assert_allclose(scanned[0], wanted, rtol=1e-6)
 
+    @pytest.mark.parametrize("argnums", [(2, 1), (-1, -2), (1, 2)])
+    def test_several_arguments_in_any_order(self, argnums):
+        def loss(x, a, b):
+            return jnp.sum(a**2) + 3 * jnp.sum(b["b"] ** 4)
+
+        a, b = jnp.array([1.0, 2.0]), {"b": jnp.array([3.0, -1.0, 0.5])}
+        g = jax.grad(loss, (1, 2))(0.0, a, b)
+        length = optax.tree.norm(g)
+        point = jax.tree.map(lambda w, x: w + 0.1 * x / length, (a, b), g)
+        sharp = sharpness_aware_loss(loss, sam(optax.identity(), 0.1), argnums=argnums)
+        wanted = jax.grad(loss, (1, 2))(0.0, *point)
+        assert_close(jax.grad(sharp, argnums=(1, 2))(0.0, a, b), wanted, rtol=1e-5)
+        assert_close(
+            jax.grad(sharp, argnums=argnums)(0.0, a, b)[argnums.index(argnums[0])],
+            wanted[(argnums[0] % 3) - 1],
+            rtol=1e-5,
+        )
+
+    def test_one_argument_twice(self):
+        sharp = self.sharp(argnums=(1, -1))
+        with pytest.raises(ValueError, match="names one argument twice"):
+            sharp(self.w, self.x)
+
+    @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["", "jit"])
+    def test_loss_scale_keeps_half_precision_from_underflowing(self, jit):
+        """Both passes are of the scaled loss, which Flax's own scale does not reach."""
+
+        def loss(w, x):
+            half = w.astype(jnp.float16) ** 2 * x
+            return jnp.mean(half.astype(jnp.float32) * 1e-9)
+
+        w, x = jnp.float32(1.0), jnp.ones(8, jnp.float16)
+        scale = DynamicScale(scale=jnp.float32(2.0**20))
+
+        @jit
+        def slope(scale, **options):
+            sharp = sharpness_aware_loss(loss, sam(optax.identity(), 0.5), **options)
+            return scale.value_and_grad(sharp)(w, x)[2:]
+
+        assert slope(scale)[1] == 0
+        value, found = jit(lambda scale: slope(scale, loss_scale=scale.scale))(scale)
+        np.testing.assert_allclose([value, found], [1e-9, 3e-9], rtol=2e-3)
+        with pytest.raises(TypeError, match="`loss_scale` must be a number"):
+            sharpness_aware_loss(loss, sam(optax.identity()), loss_scale=scale)
+
     def test_several_arguments_share_one_ball(self):
         together = sharpness_aware_loss(
             lambda a, b: self.loss(jnp.stack([a, b]), self.x),

@@ -1068,11 +1068,11 @@ BAD = {
     ),
     r"clean_params: .*something follows .*into its `base`": lambda: clean_params(W, FOLLOWED),
     r"displaced_params: .*something follows": lambda: displaced_params(W, ((), {"a": FOLLOWED})),
-    r"clean_params: in this chain, something follows": lambda: clean_params(W, NAMED),
+    r"clean_params: in this state, something follows": lambda: clean_params(W, NAMED),
     r"clean_params: the parameters hold an optimizer's state": lambda: clean_params(
         STATES[True], W
     ),
-    r"clean_params: .*restored as plain dictionaries": lambda: clean_params(
+    r"clean_params: .*of plain dictionaries": lambda: clean_params(
         W, {"0": untyped(STATES[True])._asdict()}
     ),
     r"one_gradient: the state is that of `in_place=True`": lambda: single_step_sam(SGD).update(
@@ -1120,3 +1120,73 @@ def test_other_optimizers_have_one_point():
     # In front of it, a chain may hold anything, and behind it, what does not see its updates.
     chain = optax.chain(optax.clip(1.0), single_step_sam(SGD, in_place=True))
     assert_same(clean_params(W, chain.init(W)), W)
+
+
+IN_PLACE = single_step_sam(SGD, RHO, in_place=True)
+BIAS = {"kernel": False, "bias": True}
+KERNEL = {"kernel": True, "bias": False}
+AROUND: dict[str, Any] = {
+    "mechanize": optax.contrib.mechanize,
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    "conditionally": lambda tx: untyped(optax.conditionally_transform)(tx, lambda step: step > 1),
+    "masked": lambda tx: optax.chain(tx, optax.masked(SGD, KERNEL)),
+}
+
+
+def counted() -> Any:
+    """A wrapper whose state is a tuple, and no chain's."""
+
+    def update(updates, state, params=None):
+        updates, inner = IN_PLACE.update(updates, state[0], params)
+        return updates, (inner, state[1] + 1)
+
+    init = lambda params: (IN_PLACE.init(params), jnp.zeros((), int))  # noqa: E731
+    return untyped(optax.GradientTransformation)(init, update)
+
+
+BESIDE = {
+    "snapshot": optax.chain(IN_PLACE, optax.snapshot("u", lambda u: u)),
+    "other leaves": optax.chain(optax.masked(IN_PLACE, KERNEL), optax.masked(SGD, BIAS)),
+    "frozen": optax.chain(optax.masked(IN_PLACE, KERNEL), optax.masked(optax.set_to_zero(), BIAS)),
+    "counted": counted(),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_would_change_the_updates_in_place_is_refused(around):
+    with pytest.raises(ValueError, match="clean_params: in this state, something follows"):
+        clean_params(W, AROUND[around](IN_PLACE).init(W))
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_leaves_the_updates_alone_is_not(beside):
+    tx, params = BESIDE[beside], W
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(untyped(W), state, params)
+        params = optax.apply_updates(params, updates)
+    clean = clean_params(params, state)
+    chosen = "kernel" if beside in ("other leaves", "frozen") else None
+    apart = jax.tree.map(jnp.subtract, params, clean)
+    apart = apart if chosen is None else apart[chosen]
+    np.testing.assert_allclose(optax.tree.norm(apart), RHO, rtol=1e-4)
+
+
+def test_the_state_in_nnx():
+    """`optimizer.opt_state` is one; what `nnx.state` makes of it, without None fields, is none."""
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, IN_PLACE, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(model))
+    params = nnx.state(model, nnx.Param)
+    clean = clean_params(params, optimizer.opt_state)
+    apart = jax.tree.map(jnp.subtract, nnx.as_pure(params), nnx.as_pure(clean))
+    np.testing.assert_allclose(optax.tree.norm(apart), RHO, rtol=1e-4)
+    for wrong in (nnx.state(optimizer), nnx.to_pure_dict(nnx.state((model, optimizer)))):
+        with pytest.raises(TypeError, match=r"In NNX, hand over `optimizer\.opt_state`"):
+            clean_params(params, wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, SGD, IN_PLACE.init], ids=["None", "tx", "init"])
+def test_what_is_no_state(wrong):
+    with pytest.raises(TypeError, match="the second argument must be an optimizer's state"):
+        displaced_params(W, wrong)

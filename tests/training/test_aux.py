@@ -59,6 +59,41 @@ def test_counts_are_those_of_the_whole_batch(options):
             np.testing.assert_allclose(aux[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def still(w, x, y, legacy, key, t):
+    """What depends on no example: keys and counters moved, sizes, positions, loops over layers."""
+
+    def layer(carry, scale):
+        h, legacy = carry
+        return (jnp.tanh(scale * h), jax.random.split(legacy)[0]), t
+
+    (h, moved), times = jax.lax.scan(layer, (x @ w, legacy), jnp.ones(3))
+    rounds = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] + h.sum()), (0, 0.0))
+    chosen = jax.lax.cond(t > 0, lambda h: (h, t), lambda h: (2 * h, t + 1), h)
+    return jnp.mean(chosen[0] ** 2), {
+        "legacy": moved,
+        "key": jax.random.split(key)[0],
+        "times": times,
+        "rounds": rounds[0],
+        "chosen": chosen[1],
+        "ones": jnp.sum(jnp.ones_like(y, dtype=jnp.int32)),
+        "shifted": t + len(x),
+        "positions": jnp.arange(len(x)),
+        "active": jnp.sum(w > 0),
+    }
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+@pytest.mark.parametrize("options", CUTS[1:], ids=str)
+def test_what_depends_on_no_example_is_that_of_the_whole_batch(options, wrap):
+    args = (X, Y, jax.random.PRNGKey(3), jax.random.key(4), jnp.int32(4))
+    step = two_gradient_step(wrap(still), TX, has_aux=True, batch_argnums=(0, 1), **options)
+    aux = jax.jit(step)(W, TX.init(W), *args)[2].aux
+    wanted = still(W, *args)[1]
+    for name in wanted:
+        assert aux[name].dtype == wanted[name].dtype, name
+        assert (aux[name] == wanted[name]).all(), name
+
+
 @pytest.mark.parametrize("options", CUTS, ids=str)
 def test_what_the_caller_says(options):
     """`aux_reduce` sees every part's output, over groups and micro-batches, and decides."""

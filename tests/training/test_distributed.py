@@ -217,3 +217,51 @@ def test_pmap(name="friendly"):
     got = train(step, *many, x.reshape(8, 2, 3), y.reshape(8, 2, 2))
     for device in (0, 7):
         assert_close(jax.tree.map(lambda x, d=device: x[d], got), wanted, rtol=1e-8)
+
+
+def test_parameters_that_differ_along_the_axis_are_refused():
+    """Shards of one model: gradients of different parameters would be averaged."""
+    w, y = jnp.arange(8.0), jnp.ones((8, 8))
+    tx = sam_optax.sam(optax.sgd(0.1), axis_name="data")
+
+    def loss(w, x):
+        return jnp.mean((x @ jax.lax.all_gather(w, "data", tiled=True)) ** 2)
+
+    def by_update(w, x):
+        found = jax.value_and_grad(loss)
+        return tx.update(found(w, x)[1], tx.init(w), w, value_and_grad_fn=lambda w: found(w, x))[0]
+
+    def by_step(w, x):
+        return two_gradient_step(loss, tx)(w, tx.init(w), x)[0]
+
+    for step in (by_update, by_step):
+        mapped = jax.shard_map(
+            step, mesh=mesh(), in_specs=(P("data"), P("data")), out_specs=P("data")
+        )
+        with pytest.raises(ValueError, match="the parameters differ along `axis_name` = `data`"):
+            jax.jit(mapped)(w, y)
+
+
+def test_weights_that_follow_no_example():
+    losses, w, x = (lambda p, x: (x @ p) ** 2), jnp.arange(3.0), jnp.arange(24.0).reshape(8, 3)
+    tx = sam_optax.sam(optax.sgd(0.1), axis_name="data")
+    step = weighted_sharpness_step(losses, tx, lambda x: jnp.full(len(x), 0.25))
+    whole = sam_optax.sam(optax.sgd(0.1))
+    alone = weighted_sharpness_step(losses, whole, lambda x: jnp.full(len(x), 0.25))
+
+    def mapped(axis_type):
+        devices = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+        return devices, jax.shard_map(
+            lambda p, s, x: step(p, s, x)[0],
+            mesh=devices,
+            in_specs=(P(), P(), P("data")),
+            out_specs=P(),
+        )
+
+    assert jnp.isfinite(jax.jit(mapped(AxisType.Auto)[1])(w, tx.init(w), x)).all()
+    wanted = alone(w, whole.init(w), x)[0]
+    devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(devices):
+        sharded = jax.device_put(x, NamedSharding(devices, P("data")))
+        found = jax.jit(lambda p, s, x: alone(p, s, x)[0])(w, whole.init(w), sharded)
+        assert_close(found, wanted, rtol=1e-5)

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
+from flax import nnx, struct
 from flax.core import FrozenDict, freeze
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 
 from sam_optax import sam
-from sam_optax.training import linen_step
+from sam_optax.training import linen_step, nnx_step
 from tests.oracles.trees import assert_close, assert_same
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
@@ -187,3 +187,34 @@ def test_a_dynamic_scale_is_driven_or_refused():
     plain, _ = run(make(), lambda loss, *_: loss, has_aux=False)
     assert_close(new.params, plain.params, rtol=1e-6)
     assert not metrics.skipped
+
+
+class Averaged(State):
+    def apply_gradients(self, *, grads, **kwargs):
+        return super().apply_gradients(grads=grads, **kwargs)
+
+
+def test_what_a_state_does_beyond_flax_is_not_left_out():
+    state = Averaged.create(apply_fn=None, params=W, tx=sam(optax.sgd(0.1)))
+    with pytest.raises(TypeError, match="`Averaged` has an `apply_gradients` of its own"):
+        linen_step(state, lambda p: jnp.sum(p["bias"]))
+    params = {"params": W, "_overwrite_with_gradient": {"scale": jnp.ones(1)}}
+    state = make().replace(params=params)
+    with pytest.raises(ValueError, match="Flax's scales for float8"):
+        linen_step(state, lambda p: jnp.sum(p["params"]["bias"]))
+
+
+def test_an_optimizer_of_ones_own():
+    class Counting(nnx.Optimizer):
+        def update(self, model, grads, **kwargs):
+            super().update(model, grads, **kwargs)
+
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = Counting(model, sam(optax.sgd(0.1)), wrt=nnx.Param)
+    with pytest.raises(TypeError, match="`Counting` has an `update` of its own"):
+        nnx_step(model, optimizer, lambda m: jnp.sum(m.bias[...]))
+    nnx_step(
+        model,
+        nnx.ModelAndOptimizer(model, sam(optax.sgd(0.1)), wrt=nnx.Param),
+        lambda m: jnp.sum(m.bias[...]),
+    )
