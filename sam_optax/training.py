@@ -41,8 +41,8 @@ Options that the steps share:
     With groups or micro-batches, auxiliary output is put together leaf by leaf: a leaf with an axis
     as long as the batch is concatenated along it; of the others that depend on the batch floats are
     averaged (a sum of floats too: count in integers, or return means), integers (counts) added,
-    bools true if one is; what does not depend on it (a constant, a PRNG key) is kept. An axis of
-    examples and more, such as [batch * tokens], is refused: return [batch, tokens]. Where that is
+    bools true if one is; what does not depend on it (a constant, a PRNG key, a size) is that of
+    the whole batch. An axis of examples and more, such as [batch * tokens], is refused: return [batch, tokens]. Where that is
     not what the whole batch gives, ``aux_reduce(stacked)`` is called in its place, with the parts'
     output stacked along a new first axis: over micro-batches, then over groups.
 ``skip_nonfinite``

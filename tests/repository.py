@@ -1,6 +1,7 @@
 """The repository beside the tests: its files, and its examples as modules."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ LIBRARY = (ROOT / "docs" / "methods" / "library.md").read_text(encoding="utf-8")
 def load_example(name: str) -> Any:
     """The program ``examples/name.py``, as a module; it is not run."""
     spec: Any = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where classes look
     with pytest.MonkeyPatch.context() as patch:  # as when it runs, its folder is on the path
         patch.syspath_prepend(str(ROOT / "examples"))
         spec.loader.exec_module(module)

@@ -5,7 +5,9 @@ A loss is a function ``loss_fn: params -> scalar`` of any tree of real floating-
 dropout off, and BatchNorm frozen, that is with its running statistics, as in evaluation. With the
 statistics of a batch, the loss is not a mean over examples, and its curvature is another.
 
-Every function is pure and may be jitted; ``k`` and every ``num_...`` are static. Scalars are
+Every function is pure and may be jitted; ``k`` and every ``num_...`` are static. What is called
+again and again (once an epoch) should be: not jitted, the curvature compiles anew at every call.
+``measure = jax.jit(lambda params: hessian_top_eigenvalues(loss_fn, params, key))``, made once. Scalars are
 computed in float32 at least, in float64 for float64 parameters. Eigenvalues, trace and density are
 those at parameters raised to float32, with matrix products in full precision; all else evaluates
 the loss at parameters in their own dtype.
