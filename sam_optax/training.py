@@ -42,9 +42,10 @@ Options that the steps share:
     as long as the batch is concatenated along it; of the others that depend on the batch floats are
     averaged (a sum of floats too: count in integers, or return means), integers (counts) added,
     bools true if one is; what does not depend on it (a constant, a PRNG key, a size) is that of
-    the whole batch. An axis of examples and more, such as [batch * tokens], is refused: return [batch, tokens]. Where that is
-    not what the whole batch gives, ``aux_reduce(stacked)`` is called in its place, with the parts'
-    output stacked along a new first axis: over micro-batches, then over groups.
+    the whole batch. An axis of examples and more, such as [batch * tokens], is refused: return
+    [batch, tokens]. Where that is not what the whole batch gives, ``aux_reduce(stacked)`` is called
+    in its place, with the parts' output stacked along a new first axis: over micro-batches, then
+    over groups.
 ``skip_nonfinite``
     If the clean or the perturbed gradient holds a NaN or an infinity, parameters, optimizer state,
     mutable state and step counts stay as they were, bit for bit, and ``StepMetrics.skipped`` is

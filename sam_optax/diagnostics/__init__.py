@@ -7,10 +7,10 @@ statistics of a batch, the loss is not a mean over examples, and its curvature i
 
 Every function is pure and may be jitted; ``k`` and every ``num_...`` are static. What is called
 again and again (once an epoch) should be: not jitted, the curvature compiles anew at every call.
-``measure = jax.jit(lambda params: hessian_top_eigenvalues(loss_fn, params, key))``, made once. Scalars are
-computed in float32 at least, in float64 for float64 parameters. Eigenvalues, trace and density are
-those at parameters raised to float32, with matrix products in full precision; all else evaluates
-the loss at parameters in their own dtype.
+``measure = jax.jit(lambda params: hessian_top_eigenvalues(loss_fn, params, key))``, made once.
+Scalars are computed in float32 at least, in float64 for float64 parameters. Eigenvalues, trace and
+density are those at parameters raised to float32, with matrix products in full precision; all else
+evaluates the loss at parameters in their own dtype.
 
 Curvature needs the extra ``pip install sam_optax[diagnostics]``. A Hessian-vector product costs
 about as much as two gradients. On a CPU, XLA runs the gradient of a convolution 10 to 50 times
