@@ -329,6 +329,8 @@ class Plan(NamedTuple):
         """``(aux, carried)`` of the whole batch in ``args`` from that of its parts, stacked."""
         if not jax.tree.leaves(stacked):
             return stacked
+        if self.aux_reduce is not None and not jax.tree.leaves(stacked[1]):
+            return self.aux_reduce(stacked[0]), stacked[1]
         chosen = self.batch.positions(args)
 
         def on(batch):

@@ -360,7 +360,8 @@ def sharpness_aware(
             this shard's own; surrogate rule, policy and base see averages over the axes, and
             updates and state come out the same on every device. Where a loss's value is known and
             ``shard_map(check_vma=True)`` tracks what differs, a loss that was averaged inside, and
-            parameters that are shards of one model, are refused.
+            parameters that differ along these axes, or along one in which the loss does not, are
+            refused: shards of one model belong outside of ``shard_map``.
         sync_perturbation: with ``axis_name``: False, each shard ascends along its own gradient
             (m-sharpness); True, all along the mean gradient. The float leaves of the perturbation's
             state are averaged either way.

@@ -1190,3 +1190,12 @@ def test_the_state_in_nnx():
 def test_what_is_no_state(wrong):
     with pytest.raises(TypeError, match="the second argument must be an optimizer's state"):
         displaced_params(W, wrong)
+
+
+def test_momentum_in_half_precision_under_strict_promotion():
+    tx: Any = momentum_sam(SGD, RHO)
+    w = jnp.ones(2, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        updates, state = tx.update(w, tx.init(w), w)
+    assert updates.dtype == state.displacement.dtype == jnp.bfloat16
+    assert state.perturbation[0].trace.dtype == jnp.bfloat16

@@ -152,3 +152,14 @@ def test_arguments_that_are_no_arrays(options):
     found = step(W, TX.init(W), "train", X, Y)[0]
     wanted = two_gradient_step(loss_fn, TX, has_aux=True, **options)(W, TX.init(W), X, Y)[0]
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_loss_for_parts_of_one_size():
+    """With `aux_reduce=`, nobody asks what the whole batch gives."""
+
+    def loss(w, x):
+        return jnp.mean((x @ w).reshape(4, CLASSES) ** 2), jnp.sum(x)
+
+    step = two_gradient_step(loss, TX, has_aux=True, num_microbatches=4, aux_reduce=jnp.sum)
+    aux = jax.jit(step)(W, TX.init(W), X)[2].aux
+    np.testing.assert_allclose(aux, jnp.sum(X), rtol=1e-5)
