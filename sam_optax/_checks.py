@@ -495,7 +495,6 @@ def check_closed_base(base: Any, state: Any, params: Any) -> None:
     wrappers: dict[Any, str] = {
         optax.MultiStepsState: "between its emits, `optax.MultiSteps` moves nothing",
         optax.ApplyEvery: "between its emits, `optax.apply_every` moves nothing",
-        optax.NonNegativeParamsState: "`optax.keep_params_nonnegative` would not see the term",
         optax.PartitionState: "the groups of `optax.partition` have rates of their own",
         optax.InjectStatefulHyperparamsState: (
             "`optax.inject_hyperparams` lets the base's rate be changed"

@@ -215,9 +215,6 @@ REFUSED = {
     "freezes some leaves": lambda: optax.chain(optax.sgd(RATE), optax.freeze(FREEZE_B)),
     "MultiSteps": lambda: optax.MultiSteps(optax.sgd(RATE), 2).gradient_transformation(),
     "apply_every": lambda: optax.chain(optax.apply_every(2), optax.sgd(RATE)),
-    "keep_params_nonnegative": lambda: optax.chain(
-        optax.sgd(RATE), optax.keep_params_nonnegative()
-    ),
     "partition": lambda: optax.partition(
         {"one": optax.sgd(RATE), "ten": optax.sgd(1.0)}, {"a": "one", "b": "ten"}
     ),
