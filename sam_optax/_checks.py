@@ -7,15 +7,15 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.core
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sam_optax._origins import Origin, is_variable, origins
 from sam_optax._tree import accumulator, is_hole
 from sam_optax._types import Policy, SurrogateRule
 
@@ -68,7 +68,7 @@ def hyperparameter(function: str, argument: str, value: Any, *args: Any, **range
     """``step -> number``, from a number or a schedule, checked wherever its value is known."""
     check_number(function, argument, value, *args, **range_)
     if not callable(value):
-        number = value if is_array(value) or range_.get("integer") else float(value)
+        number = value if is_array(value) else float(value)
         return lambda step: number
 
     def at(step):
@@ -189,10 +189,8 @@ def _check_modules(params: Any, function: str) -> None:
         return
     found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
     for model in (x for x in found if isinstance(x, nnx.Module)):
-        variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
-        other = [
-            x for x in variables if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
-        ]
+        rest = nnx.state(model, nnx.All(nnx.Variable, nnx.Not(nnx.Param)))
+        other = jax.tree.leaves(rest, is_leaf=lambda x: isinstance(x, nnx.Variable))
         if other:
             raise TypeError(
                 f"{function}: the parameters are the NNX model `{type(model).__name__}`, whose "
@@ -315,6 +313,17 @@ def check_scale(function: str, scale: Any) -> None:
         )
 
 
+def check_inherited(function: str, x: Any, name: str, kinds: tuple, cure: str) -> None:
+    """Raise where a subclass of these kinds overrides what a step cannot call."""
+    own = getattr(type(x), name, None)
+    if isinstance(x, kinds) and own not in [getattr(kind, name) for kind in kinds]:
+        raise TypeError(
+            f"{function}: `{type(x).__name__}` has an `{name}` of its own, which this step cannot "
+            "call: what it does, such as an average of the parameters, would be left out. Do that "
+            f"after the step; or take {cure}."
+        )
+
+
 def check_extra_args(function: str, extra_args: Any) -> None:
     """Raise unless these are keywords for an optimizer or a perturbation, or None."""
     if extra_args is not None and not isinstance(extra_args, Mapping):
@@ -372,108 +381,13 @@ def check_displacement(perturbation: Any, state: Any, params: Any, function: str
         )
     except Exception:  # it needs keywords that only a step has
         return
-    if not set(filter(_is_variable, closed.jaxpr.outvars)).isdisjoint(closed.jaxpr.invars):
+    if not set(filter(is_variable, closed.jaxpr.outvars)).isdisjoint(closed.jaxpr.invars):
         raise ValueError(
             f"{function}: `optax.masked`, or a group of `optax.partition`, in the perturbation "
             "hands on the gradient of some leaves, so that it would be their displacement. Name "
             "the leaves that are perturbed with the method's own `mask=`; in a partition, "
             "`optax.set_to_zero()` leaves a group where it is."
         )
-
-
-class Origin(NamedTuple):
-    """What an output of a function comes from.
-
-    Attributes:
-        shape: what it looks like.
-        follows: whether it depends on the arguments' values.
-        value: ``value()`` computes it, and nothing else, where it does not.
-    """
-
-    shape: Any
-    follows: bool
-    value: Callable[[], Any]
-
-
-def origins(function: Callable, *args: Any) -> Any:
-    """For every output of ``function(*args)``, its `Origin`."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    reached = _reached(closed.jaxpr, [True] * len(closed.jaxpr.invars))
-    given = jax.tree.leaves(args)
-    leaves = [
-        Origin(shape, follows, functools.partial(_output, closed, i, given))
-        for i, (shape, follows) in enumerate(zip(jax.tree.leaves(shapes), reached, strict=True))
-    ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _is_variable(x: Any) -> bool:
-    """Whether an operand of a program is a variable, and not a number written into it."""
-    return not hasattr(x, "val")
-
-
-def _output(closed: Any, index: int, args: list) -> Any:
-    """One output of a program, from the operations that it needs."""
-    wanted, needed = closed.jaxpr.outvars[index], []
-    live = {wanted} if _is_variable(wanted) else set()
-    for equation in reversed(closed.jaxpr.eqns):
-        if not live.isdisjoint(equation.outvars):
-            needed.append(equation)
-            live.update(filter(_is_variable, equation.invars))
-    jaxpr = closed.jaxpr.replace(eqns=needed[::-1], outvars=[wanted], effects=frozenset())
-    return jax.extend.core.jaxpr_as_fun(closed.replace(jaxpr=jaxpr))(*args)[0]
-
-
-def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:
-    """Which outputs of a program depend on the inputs that are named."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    reached = {x for x, yes in zip(jaxpr.invars, inputs, strict=True) if yes}
-
-    def flags(operands):
-        return [_is_variable(x) and x in reached for x in operands]
-
-    for equation in jaxpr.eqns:
-        outputs = _through(equation, flags(equation.invars))
-        reached.update(x for x, yes in zip(equation.outvars, outputs, strict=True) if yes)
-    return flags(jaxpr.outvars)
-
-
-def _through(equation: Any, inputs: list[bool]) -> list[bool]:
-    """`_reached` for one operation; where it holds programs, for those in it."""
-    params, name, number = equation.params, equation.primitive.name, len(equation.outvars)
-    everything = [any(inputs)] * number
-    if not any(inputs):
-        return everything
-    if name == "cond":
-        found = [_reached(branch, inputs[1:]) for branch in params["branches"]]
-        return everything if inputs[0] else [any(x) for x in zip(*found, strict=True)]
-    if name == "while":
-        before, consts = params["cond_nconsts"], params["body_nconsts"]
-        fixed, carry = inputs[before : before + consts], inputs[before + consts :]
-        carry = _settled(lambda carry: _reached(params["body_jaxpr"], fixed + carry), carry)
-        stops = any(_reached(params["cond_jaxpr"], inputs[:before] + carry))
-        return everything if stops else carry
-    inside = params.get("jaxpr", params.get("call_jaxpr"))
-    program = getattr(inside, "jaxpr", inside)
-    shape = (len(inputs), number)
-    if program is None or (len(program.invars), len(program.outvars)) != shape:
-        return everything
-    if name == "scan":
-        if "num_consts" in params:
-            first, count = params["num_consts"], params["num_carry"]
-        else:  # from JAX 0.11 on
-            first, count = (len(list(part)) for part in params["ft_in"].unpack()[:2])
-        fixed, carry, over = inputs[:first], inputs[first : first + count], inputs[first + count :]
-        carry = _settled(lambda carry: _reached(program, fixed + carry + over)[:count], carry)
-        return _reached(program, fixed + carry + over)
-    return _reached(program, inputs)
-
-
-def _settled(step: Callable, carry: list[bool]) -> list[bool]:
-    """What a loop's carried values depend on, after any number of rounds."""
-    while (new := [a or b for a, b in zip(carry, step(carry), strict=True)]) != carry:
-        carry = new
-    return carry
 
 
 def _freezes(base: Any, state: Any, params: Any) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sam_optax._checks import check_inherited
 
 _OWN = ("step", "apply_fn", "params", "tx", "opt_state")
 
@@ -103,16 +106,14 @@ def collections_of(state: Any, frozen: Sequence[str]) -> Callable[[Any], tuple[A
 
 def check_train_state(state: Any, loss_scale: Any) -> None:
     """Raise where what a state does beyond `TrainState` would be left out."""
-    from flax.training.train_state import TrainState
-
-    own = getattr(type(state), "apply_gradients", None)
-    if own is not TrainState.apply_gradients and isinstance(state, TrainState):
-        raise TypeError(
-            f"linen_step: `{type(state).__name__}` has an `apply_gradients` of its own, which this "
-            "step cannot call: what it does, such as an average of the parameters, would be left "
-            "out. Do that after the step; or take `sharpness_aware_value_and_grad`, and call "
-            "`state.apply_gradients(grads=found.grads)`."
-        )
+    flax = sys.modules.get("flax.training.train_state")  # others have states that look like it
+    check_inherited(
+        "linen_step",
+        state,
+        "apply_gradients",
+        () if flax is None else (flax.TrainState,),
+        "`sharpness_aware_value_and_grad`, and call `state.apply_gradients(grads=found.grads)`",
+    )
     if isinstance(state.params, Mapping) and "_overwrite_with_gradient" in state.params:
         raise ValueError(
             "linen_step: `params` hold `_overwrite_with_gradient`, Flax's scales for float8, which "

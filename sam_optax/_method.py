@@ -48,6 +48,7 @@ from sam_optax._types import (
     State,
     SurrogateRule,
 )
+from sam_optax.perturbations import EmaState
 from sam_optax.policies import always
 from sam_optax.surrogates import perturbed_gradient
 
@@ -291,8 +292,15 @@ class Method(NamedTuple):
         )
         check_like(eps, seen, "sharpness_aware", "the perturbation's displacement")
         moved = cast_like(average(moved, here.axes), state.perturbation)
-        # One gradient that is not finite, over which the base may pass, must not spoil the next.
-        return eps, jax.tree.map(keep_finite, moved, state.perturbation)
+
+        def keep(new, old):
+            # One gradient that is not finite, over which the base may pass, must not spoil the
+            # next. The averages of this library see to that themselves.
+            return new if isinstance(new, EmaState) else keep_finite(new, old)
+
+        return eps, jax.tree.map(
+            keep, moved, state.perturbation, is_leaf=lambda x: isinstance(x, EmaState)
+        )
 
     def fresh(self, here: _Here, state: MethodState) -> _Outcome:
         """A step that ascends."""

@@ -13,8 +13,9 @@ import optax
 
 from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_boolean, check_number, is_array, origins
+from sam_optax._checks import check_boolean, check_number, is_array
 from sam_optax._method import Method
+from sam_optax._origins import origins
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
 from sam_optax.combinator import SharpnessAware

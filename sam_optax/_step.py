@@ -23,12 +23,9 @@ from sam_optax._checks import (
 from sam_optax._plan import At, Loss, Plan, check_loss_scale, differentiated
 from sam_optax._tree import accumulator, all_finite, cast_like, select, upcast
 from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
-from sam_optax.bayesian import BayesianState
+from sam_optax.bayesian import TWO_GRADIENTS, BayesianState
 from sam_optax.combinator import SharpnessAware
 from sam_optax.one_gradient import displaced_params
-
-TWO_GRADIENTS = (SharpnessAwareState, BayesianState)
-"""States of the optimizers that take a second gradient."""
 
 
 class StepMetrics(NamedTuple):
@@ -274,10 +271,10 @@ class Step(NamedTuple):
         taken = jnp.ones((), bool)
         if self.skip_nonfinite:
             taken = all_finite(gradient)
-            if info is None and find_states(new_state, BayesianState):
-                taken &= all_finite(updates)
             if info is not None:
                 taken &= jnp.isfinite(info.perturbed_value) | ~info.ascended
+            elif find_states(new_state, BayesianState):
+                taken &= all_finite(updates)
             new_params = select(taken, new_params, params)
             new_state = select(taken, new_state, opt_state)
         loss = jnp.asarray(loss, accumulator(params))

@@ -13,9 +13,10 @@ import optax
 
 from sam_optax._checks import find_states
 from sam_optax._plan import Plan, check_loss_scale, checked_loss, differentiated, unscaled
-from sam_optax._step import TWO_GRADIENTS, Step, StepMetrics, plan_for, two_gradients
+from sam_optax._step import Step, StepMetrics, plan_for, two_gradients
 from sam_optax._tree import upcast
 from sam_optax._types import Evaluation
+from sam_optax.bayesian import TWO_GRADIENTS
 from sam_optax.combinator import SharpnessAware
 
 
@@ -209,4 +210,4 @@ def _checked_weights(plan: Plan, weights: Callable, args: tuple, losses: jax.Arr
         raise ValueError(f"{plan.function}: `weights` must be in [0, 1], got {c!r}.")
     c = jax.lax.stop_gradient(jnp.asarray(c, losses.dtype))
     # Of the losses' type: sharded, or different on every device, as they are.
-    return c + jnp.where(jnp.isnan(losses), 0, jnp.zeros((), losses.dtype))
+    return c + jnp.zeros_like(losses)

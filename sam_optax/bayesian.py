@@ -16,7 +16,7 @@ from sam_optax._axes import average, axis_names
 from sam_optax._checks import check_key, check_number, check_params, check_state, hyperparameter
 from sam_optax._method import Method, evaluation_of
 from sam_optax._tree import cast_like, shifted, upcast
-from sam_optax._types import ScalarOrSchedule
+from sam_optax._types import ScalarOrSchedule, SharpnessAwareState
 
 
 class BayesianState(NamedTuple):
@@ -32,6 +32,10 @@ class BayesianState(NamedTuple):
     step: jax.Array
     momentum: Any
     precision: Any
+
+
+TWO_GRADIENTS = (SharpnessAwareState, BayesianState)
+"""States of the optimizers that take a second gradient."""
 
 
 def _draw(key: jax.Array, step: Any, params: Any, axes: tuple) -> Any:

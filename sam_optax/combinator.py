@@ -51,7 +51,7 @@ from sam_optax._types import (
     State,
     SurrogateRule,
 )
-from sam_optax.bayesian import BayesianState
+from sam_optax.bayesian import TWO_GRADIENTS
 from sam_optax.policies import always
 from sam_optax.surrogates import perturbed_gradient
 
@@ -189,7 +189,7 @@ class Combinator(NamedTuple):
         """The state before the first update."""
         method = self.method.init(params)
         base = self.base.init(params)
-        if find_states(base, SharpnessAwareState, BayesianState):
+        if find_states(base, *TWO_GRADIENTS):
             raise ValueError(
                 "sharpness_aware: `base` holds another sharpness-aware method, which would take "
                 "gradients of its own. Give the base optimizer alone; of two methods, take the "
@@ -223,11 +223,12 @@ class Combinator(NamedTuple):
         """One step, from the clean gradient."""
         check_state("sharpness_aware", state, SharpnessAwareState)
         check_params(params)
-        check_gradient(updates, params, "sharpness_aware", "the clean gradient")
         evaluate = evaluation_of("sharpness_aware", grad_fn, value_and_grad_fn, extra_args)
         axes = tracked(self.method.axes)
-        if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
-            updates = self.method.looking(params, evaluate, axes)(params).gradient
+        if axes:  # else the method checks it
+            check_gradient(updates, params, "sharpness_aware", "the clean gradient")
+            if any(set(axes) - varying(x) for x in jax.tree.leaves(updates)):
+                updates = self.method.looking(params, evaluate, axes)(params).gradient
         found, method = self.method.estimate(
             params, state.method, Evaluation(None, updates), evaluate, extra_args
         )

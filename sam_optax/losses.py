@@ -184,11 +184,11 @@ def sharpness_aware_loss(
             return trees[0] if isinstance(argnums, numbers.Integral) else tuple(trees)
 
         # A tree has the parameters in the order of `argnums`, a list in that of the arguments.
-        order = jax.tree.leaves(tree_of(range(len(params))))
+        places = np.argsort(jax.tree.leaves(tree_of(range(len(params)))))
 
         def list_of(tree):
-            by_place = dict(zip(order, jax.tree.leaves(tree), strict=True))
-            return [by_place[i] for i in sorted(order)]
+            flat = jax.tree.leaves(tree)
+            return [flat[i] for i in places]
 
         _check_method(function, chosen, tree_of(params))
 
@@ -218,10 +218,8 @@ def sharpness_aware_loss(
             return run(closed, params, *rest)
 
         def rule(primals, tangents):
-            (params, rest, own_consts, step, loss_scale), (in_params, in_rest, *_) = (
-                primals,
-                tangents,
-            )
+            params, rest, own_consts, step, loss_scale = primals
+            in_params, in_rest, *_ = tangents
             leaves, structure = jax.tree.flatten(rest)
             moving = {
                 i: t

@@ -44,8 +44,8 @@ from sam_optax._checks import (
     with_keywords,
 )
 from sam_optax._tree import all_finite, cast_like, fill, is_hole, punch, select, shifted, upcast
-from sam_optax._types import OneGradientState, Params, ScalarOrSchedule, SharpnessAwareState
-from sam_optax.bayesian import BayesianState
+from sam_optax._types import OneGradientState, Params, ScalarOrSchedule
+from sam_optax.bayesian import TWO_GRADIENTS
 from sam_optax.perturbations import gaussian_noise, steepest_ascent
 
 
@@ -80,7 +80,7 @@ class OneGradient(NamedTuple):
         """The state before the first update; nothing in it aliases the parameters."""
         check_params(params, "one_gradient", whole=False)
         base = self.base.init(params)
-        if find_states(base, OneGradientState, SharpnessAwareState, BayesianState):
+        if find_states(base, OneGradientState, *TWO_GRADIENTS):
             raise ValueError(
                 "one_gradient: `base` holds another sharpness-aware or one-gradient method, so "
                 "that the parameters would be displaced twice. Give the base optimizer alone, and "

@@ -73,6 +73,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
+from sam_optax._checks import check_inherited
 from sam_optax._dispatch import host_dispatched
 from sam_optax._linen import check_train_state, collections_of
 from sam_optax._nnx import functional, import_nnx
@@ -339,14 +340,13 @@ def nnx_step(
             "nnx_step: the arguments are an nnx.Module, an nnx.Optimizer for it, and the loss; got "
             f"{type(model).__name__} and {type(optimizer).__name__}."
         )
-    own = type(optimizer).update
-    if own not in (nnx.Optimizer.update, nnx.ModelAndOptimizer.update):
-        raise TypeError(
-            f"nnx_step: `{type(optimizer).__name__}` has an `update` of its own, which this step "
-            "cannot call: what it does beside the update would be left out. Do that after the "
-            "step; or take `nnx_sharpness_aware_value_and_grad`, and call "
-            "`optimizer.update(model, found.grads)`."
-        )
+    check_inherited(
+        "nnx_step",
+        optimizer,
+        "update",
+        (nnx.Optimizer, nnx.ModelAndOptimizer),
+        "`nnx_sharpness_aware_value_and_grad`, and call `optimizer.update(model, found.grads)`",
+    )
     plan = plan_for(
         "nnx_step",
         optimizer.tx,
