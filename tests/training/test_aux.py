@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from sam_optax import sam, sharpness_aware_value_and_grad
+from sam_optax._origins import origins
 from sam_optax.training import two_gradient_step
 
 CLASSES = 3
@@ -166,3 +167,20 @@ def test_a_loss_for_parts_of_one_size():
     step = two_gradient_step(loss, TX, has_aux=True, num_microbatches=4, aux_reduce=jnp.sum)
     aux = jax.jit(step)(W, TX.init(W), X)[2].aux
     np.testing.assert_allclose(aux, jnp.sum(X), rtol=1e-5)
+
+
+def test_what_a_loop_hands_on_depends_on_what_comes_in_later():
+    """Through one carried value into the next, a round each."""
+
+    def late(x):
+        def body(carry):
+            t, _, second, still = carry
+            return t + 1, second, x, 2 * still
+
+        start = (0, 1.0, 1.0, 1.0)
+        scanned, _ = jax.lax.scan(lambda carry, _: (body(carry), None), start, None, length=3)
+        return scanned, jax.lax.while_loop(lambda carry: carry[0] < 3, body, start)
+
+    for found in origins(late, jnp.float32(2)):
+        assert [x.follows for x in found] == [False, True, True, False]
+        assert (found[0].value(), found[3].value()) == (3, 8)
