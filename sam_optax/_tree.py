@@ -46,8 +46,18 @@ def inner(a: Any, b: Any) -> jax.Array:
     def leaves(tree):
         return [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(tree)]
 
-    pairs = zip(leaves(a), leaves(b), strict=True)
-    sums = jnp.array([jax.lax.reduce_sum(x * y, range(x.ndim)) for x, y in pairs], dtype)
+    # Biases and normalizations are most of a network's leaves. Those of one kind are summed
+    # together: copying them costs less than a kernel for each, in building and at every step.
+    groups: dict[Any, list[tuple[jax.Array, jax.Array]]] = {}
+    for i, (x, y) in enumerate(zip(leaves(a), leaves(b), strict=True)):
+        kind = (jax.typeof(x), jax.typeof(y)) if x.size <= 4096 else i
+        groups.setdefault(kind, []).append((x, y))
+
+    def total(pairs):
+        x, y = pairs[0] if len(pairs) == 1 else map(jnp.stack, zip(*pairs, strict=True))
+        return jax.lax.reduce_sum(x * y, range(x.ndim))
+
+    sums = jnp.array([total(pairs) for pairs in groups.values()], dtype)
     # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
     # one loop, but many leaves then compile more slowly.
     return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))

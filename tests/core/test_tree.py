@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sam_optax
 from sam_optax import perturbations
@@ -91,6 +92,30 @@ def test_a_long_sum_keeps_its_digits():
     (x,) = draw(2, (1_000_003,))
     wide = np.sqrt(np.sum(np.square(x.astype(np.longdouble))))
     np.testing.assert_allclose(norm([x]), float(wide), rtol=1e-6)
+
+
+MANY = [(8,), (4, 8), (8,), (4, 8), (8,), (100, 100), (8,), (100, 100)]
+
+
+def test_small_leaves_of_one_kind_are_summed_together():
+    """One sum for each kind and each large leaf, and one of the sums."""
+    leaves = draw(5, *MANY)
+    np.testing.assert_allclose(norm(leaves), root(exact_square(*leaves)), rtol=5e-7)
+    tx = sam_optax.sam(optax.identity())
+    program = jax.make_jaxpr(lambda g: tx.update(g, tx.init(g), g, grad_fn=lambda p: p))(leaves)
+    assert str(program).count(" reduce_sum[") == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_leaves_that_are_sharded_in_different_ways(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    split = [("x",), ("x", "y"), (), (None, "y"), ("y",), ("x",), (("x", "y"),), ()]
+    a, b = draw(6, *MANY), draw(7, *MANY)
+    put = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in split]
+    with jax.set_mesh(mesh):
+        got = reject(*jax.device_put((a, b), (put, put)))
+    for x, y in zip(got, reject(a, b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
