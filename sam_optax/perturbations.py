@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from sam_optax._checks import (
     check_boolean,
@@ -849,10 +848,21 @@ def loss_equated_ascent(
     return _stateless(displace)
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    """Whole on every device, where its type says that it is not: only so it can be sorted."""
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if any(spec) else x
+def _nth_smallest(x: jax.Array, n: jax.Array) -> jax.Array:
+    """The element that has n below it, counted from 0, of numbers that are not negative."""
+    # The bits of such numbers, as integers, have their order: the answer's are found from the
+    # highest down. A pass for each is fast where sorting is slow, and needs no leaf in one place.
+    kind = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(x, kind)
+    highest = jnp.iinfo(kind).bits - 2  # that of the sign is 0
+
+    def refine(i, found):
+        above = found | (kind(1) << (highest - i).astype(kind))
+        return jnp.where(jnp.sum(bits < above, dtype=jnp.int32) <= n, above, found)
+
+    # Not plainly 0: it varies over the mapped axes that x varies over.
+    start = jnp.minimum(jnp.min(bits), kind(0))
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, highest + 1, refine, start), x.dtype)
 
 
 def keep_largest(
@@ -873,8 +883,8 @@ def keep_largest(
 
     Returns:
         A stateless transformation; chained before `steepest_ascent`, the radius is that of what was
-        kept. A leaf with an element that is not finite passes whole. Cost: a sort per leaf, slow
-        on a CPU.
+        kept. A leaf with an element that is not finite passes whole. Cost: 31 passes over every
+        matrix (63 in float64), one after another.
 
     Raises:
         ValueError: ``share`` is outside (0, 1]. TypeError: ``center`` is no bool.
@@ -904,10 +914,14 @@ def keep_largest(
             if x.ndim < 2 or not x.size:
                 return x
             size = jnp.abs(x - jnp.mean(x) if center else x)
-            rest = 1 - jnp.asarray(part, x.dtype)
-            bound = jnp.quantile(_gathered(size), rest)
-            # What is not finite makes the quantile NaN. XLA may round the two sizes differently.
-            return jnp.where((rest > 0) & (size < bound), 0, x)
+            rest = jnp.asarray(1 - part, x.dtype)
+            # Of two elements between which the quantile lies, the larger is the first to stay. A
+            # product such as 0.6 * 25 may be a little above the integer that it means.
+            place = jnp.ceil(rest * (x.size - 1) - 4 * x.size * jnp.finfo(x.dtype).eps)
+            bound = _nth_smallest(size, place.astype(jnp.int32))
+            # XLA may round the two sizes differently.
+            small = (rest > 0) & (size < bound) & jnp.isfinite(jnp.max(size))
+            return jnp.where(small, 0, x)
 
         return jax.tree.map(largest, g)
 

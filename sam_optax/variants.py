@@ -976,7 +976,7 @@ def zsharp(
         share: p of every matrix that is kept, in (0, 1]; vectors are kept whole. One minus the
             paper's quantile.
 
-    Cost: 2 gradients per step, and a sort of every leaf, slow on a CPU; nothing stored.
+    Cost: 2 gradients per step, and 31 passes over every matrix (63 in float64); nothing stored.
     When: no measurement of this library's.
 
     Reduces to: `sam` at ``share=1``; ``base`` at ``rho=0``.

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sam_optax
 from sam_optax import sharpness_aware, sharpness_aware_value_and_grad
@@ -293,18 +294,35 @@ def test_the_largest_elements_are_those_of_numpy():
         "a": rng.normal(size=(5, 4)),
         "b": 10 + rng.normal(size=(2, 3, 2)),
         "c": rng.normal(size=9),
+        "d": np.round(2 * rng.normal(size=(40, 50))),
+        "e": 10.0 ** rng.uniform(-37, 37, size=(30, 30)),
     }
     g = jax.tree.map(jnp.float32, g)
-    for share, center in ((0.3, False), (0.3, True), (1.0, True)):
+    for share, center in ((0.3, False), (0.3, True), (0.05, False), (1.0, True)):
         found = untyped(keep_largest(share, center).update(g, optax.EmptyState()))[0]
         chex.assert_trees_all_equal(found["c"], g["c"])
-        for name in ("a", "b"):
+        for name in ("a", "b", "d") if center else ("a", "b", "d", "e"):
             x = np.asarray(g[name], np.float64)
             s = np.abs(x - x.mean()) if center else np.abs(x)
             wanted = np.where(s >= np.quantile(s, 1 - share), x, 0)
             np.testing.assert_array_equal(np.asarray(found[name]) != 0, wanted != 0)
     same, _ = keep_largest(0.5).update(jnp.ones((2, 2)), optax.EmptyState())
     assert untyped(same).all()
+    ladder, _ = keep_largest(0.4).update(jnp.arange(26.0)[None], optax.EmptyState())
+    assert untyped(ladder).nonzero()[1].tolist() == list(range(15, 26))  # 0.6 * 25 is 15
+
+
+def test_the_largest_elements_of_a_matrix_on_several_devices():
+    """Found where they are: no device gathers the others' elements."""
+    g = jnp.asarray(np.random.default_rng(1).normal(size=(32, 16)), jnp.float32)
+    part = keep_largest(0.2, center=True)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            split = jax.device_put(g, NamedSharding(mesh, PartitionSpec("data")))
+            run = jax.jit(lambda g: part.update(g, optax.EmptyState())[0])
+            assert "all-gather" not in str(run.lower(split).compile().as_text())
+            chex.assert_trees_all_equal(jax.device_get(run(split)) != 0, run(g) != 0)
 
 
 def test_a_direction_has_neither_length_nor_sign():
