@@ -408,10 +408,11 @@ def _from_value(function: str, extra: dict[str, Any]) -> Callable:
     """The evaluation from the loss that a line search, or Sophia, is given."""
     value_fn: Any = extra.get("value_fn", extra.get("obj_fn"))
     if value_fn is None:
+        others = f", but {', '.join(f'`{name}=`' for name in extra)}" if extra else ""
         raise ValueError(
             f"{function}: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
             "`value_and_grad_fn=` (params -> (loss, gradient)), on the clean gradient's batch; got "
-            "neither. In a trainer that calls `update` itself, use another form: hand it "
+            f"neither{others}. In a trainer that calls `update` itself, use another form: hand it "
             "`sharpness_aware_loss(loss_fn, method)` in the place of the loss, or "
             "`sharpness_aware_value_and_grad(loss_fn, method)` in the place of "
             "`jax.value_and_grad`, with a plain optimizer. In a step of this library: a plain "

@@ -172,6 +172,7 @@ def identity(params):
     [
         ({"params": None, "grad_fn": identity}, ValueError, r"pass them.*grad_fn=\.\.\."),
         ({}, ValueError, r"exactly one of `grad_fn=`.*`value_and_grad_fn=`.*got neither"),
+        ({"gradient_fn": identity}, ValueError, r"got neither, but `gradient_fn=`\."),
         (
             {"grad_fn": identity, "value_and_grad_fn": lambda p: (1.0, p)},
             ValueError,
