@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -39,6 +42,32 @@ def scale(factor: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, upcast(tree))
 
 
+def alike(*lists: list) -> list[list[int]]:
+    """Positions in lists of arrays: small ones of one kind together, each large one by itself."""
+    # Biases and normalizations are most of a network's leaves. Copying those of one kind costs less
+    # than a kernel for each, in building and at every step.
+    groups: dict[Any, list[int]] = {}
+    for i, leaves in enumerate(zip(*lists, strict=True)):
+        kind = tuple(map(jax.typeof, leaves)) if leaves[0].size <= 4096 else i
+        groups.setdefault(kind, []).append(i)
+    return list(groups.values())
+
+
+def summed(term: Callable, dtype: Any, *lists: list) -> jax.Array:
+    """Sum of ``term(*leaves)`` over all elements of all leaves."""
+
+    def of(places):
+        one, alone = [x[places[0]] for x in lists], len(places) == 1
+        leaves = one if alone else [jnp.stack([x[i] for i in places]) for x in lists]
+        terms = jax.lax.convert_element_type(term(*leaves), dtype)
+        return jax.lax.reduce_sum(terms, range(terms.ndim))
+
+    sums = jnp.array([of(places) for places in alike(*lists)], dtype)
+    # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
+    # one loop, but many leaves then compile more slowly.
+    return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))
+
+
 def inner(a: Any, b: Any) -> jax.Array:
     """Inner product over all leaves."""
     dtype = accumulator(a, b)
@@ -46,21 +75,7 @@ def inner(a: Any, b: Any) -> jax.Array:
     def leaves(tree):
         return [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(tree)]
 
-    # Biases and normalizations are most of a network's leaves. Those of one kind are summed
-    # together: copying them costs less than a kernel for each, in building and at every step.
-    groups: dict[Any, list[tuple[jax.Array, jax.Array]]] = {}
-    for i, (x, y) in enumerate(zip(leaves(a), leaves(b), strict=True)):
-        kind = (jax.typeof(x), jax.typeof(y)) if x.size <= 4096 else i
-        groups.setdefault(kind, []).append((x, y))
-
-    def total(pairs):
-        x, y = pairs[0] if len(pairs) == 1 else map(jnp.stack, zip(*pairs, strict=True))
-        return jax.lax.reduce_sum(x * y, range(x.ndim))
-
-    sums = jnp.array([total(pairs) for pairs in groups.values()], dtype)
-    # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
-    # one loop, but many leaves then compile more slowly.
-    return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))
+    return summed(jnp.multiply, dtype, leaves(a), leaves(b))
 
 
 def square(tree: Any) -> jax.Array:
@@ -110,10 +125,32 @@ def reject(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.subtract, upcast(a), project(a, b))
 
 
+def draw(sample: Callable, key: jax.Array, like: Any, dtype: Any = None) -> Any:
+    """``sample(key, shape, dtype)`` for every leaf, each with a key of its own."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, like))
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn: dict[int, jax.Array] = {}
+    for places in alike(leaves):
+        x = leaves[places[0]]
+        found = _draws(sample, keys[np.array(places)], x.shape, dtype or x.dtype)
+        drawn.update(zip(places, found, strict=True))
+    return structure.unflatten(drawn[i] for i in range(len(leaves)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _draws(sample: Callable, keys: jax.Array, shape: tuple, dtype: Any) -> list[jax.Array]:
+    """A draw for each key, in a loop: a generator takes a quarter of a second to compile."""
+    if len(keys) == 1:
+        return [sample(keys[0], shape, dtype)]
+    return list(jax.lax.map(lambda key: sample(key, shape, dtype), keys))
+
+
 def all_finite(tree: Any) -> jax.Array:
     """bool[], whether no float leaf holds a NaN or an infinity."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves], bool))
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    lost = summed(lambda x: ~jnp.isfinite(x), jnp.float32, floats)
+    return jnp.sqrt(lost) == 0  # a root for the reason that `root` gives
 
 
 def select(keep: jax.Array, new: Any, old: Any) -> Any:

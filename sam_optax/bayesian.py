@@ -15,7 +15,7 @@ import optax
 from sam_optax._axes import average, axis_names
 from sam_optax._checks import check_key, check_number, check_params, check_state, hyperparameter
 from sam_optax._method import Method, evaluation_of
-from sam_optax._tree import cast_like, shifted, upcast
+from sam_optax._tree import cast_like, draw, shifted, upcast
 from sam_optax._types import ScalarOrSchedule, SharpnessAwareState
 
 
@@ -43,11 +43,7 @@ def _draw(key: jax.Array, step: Any, params: Any, axes: tuple) -> Any:
     key = jax.random.fold_in(key, step)
     for axis in axes:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return structure.unflatten(
-        [jax.random.normal(k, jnp.shape(x), x.dtype) for k, x in zip(keys, leaves, strict=False)]
-    )
+    return draw(jax.random.normal, key, params)
 
 
 def bayesian_sam(

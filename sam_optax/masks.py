@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax._checks import check_key, check_like, check_number
-from sam_optax._tree import upcast
+from sam_optax._tree import draw, upcast
 from sam_optax._types import Gradient, Params
 from sam_optax.diagnostics._loss import num_batches, scalar
 
@@ -148,10 +148,7 @@ def dynamic_mask(
     check_key("dynamic_mask", key)
     check_number("dynamic_mask", "share", share, high=1, open_low=True, schedule=False)
     check_number("dynamic_mask", "drop", drop, high=1, schedule=False)
-    leaves, structure = jax.tree.flatten(grads)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    draws = [jax.random.uniform(k, jnp.shape(x)) for k, x in zip(keys, leaves, strict=False)]
-    random = structure.unflatten(draws)
+    random = draw(jax.random.uniform, key, grads, jnp.float32)
     size = _size(grads)
     total = _share(share, size)
     if mask is None:

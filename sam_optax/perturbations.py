@@ -39,6 +39,7 @@ from sam_optax._tree import (
     cast_like,
     cosine,
     divide,
+    draw,
     inner,
     norm,
     project,
@@ -511,12 +512,9 @@ def reject_from() -> optax.GradientTransformationExtraArgs:
 _MASK, _ROUNDING, _NOISE = 1, 2, 3
 
 
-def _leaf_keys(key: jax.Array, part: int, step: Any, tree: Any) -> Any:
-    """One key for every leaf, of this part and step."""
-    structure = jax.tree.structure(tree)
-    key = jax.random.fold_in(jax.random.fold_in(key, part), step)
-    keys = jax.random.split(key, max(structure.num_leaves, 1))
-    return jax.tree.unflatten(structure, list(keys)[: structure.num_leaves])
+def _key_of(key: jax.Array, part: int, step: Any) -> jax.Array:
+    """The key of this part and step."""
+    return jax.random.fold_in(jax.random.fold_in(key, part), step)
 
 
 def random_mask(
@@ -567,13 +565,13 @@ def random_mask(
 
     def displace(g, params, step, **extra_args):
         share = chance(step)
+        like = g if granularity == "element" else jax.tree.map(lambda x: jnp.zeros(()), g)
+        drawn = draw(jax.random.uniform, _key_of(key, _MASK, step), like, jnp.float32)
 
-        def draw(x, key):
-            shape = x.shape if granularity == "element" else ()
-            keep = jax.random.uniform(key, shape, jnp.float32) < share
-            return jnp.where(keep, x / jnp.asarray(share, x.dtype), 0)
+        def mask(x, number):
+            return jnp.where(number < share, x / jnp.asarray(share, x.dtype), 0)
 
-        return jax.tree.map(draw, g, _leaf_keys(key, _MASK, step, g))
+        return jax.tree.map(mask, g, drawn)
 
     return _stateless(displace)
 
@@ -628,13 +626,12 @@ def gaussian_noise(
     check_boolean("gaussian_noise", "rows", rows)
 
     def displace(g, params, step, **extra_args):
-        def draw(x, key, length=1.0):
-            noise = jax.random.normal(key, jnp.shape(x), x.dtype)
-            return jnp.asarray(size(step), x.dtype) * length * noise
+        def sized(noise, length=1.0):
+            return jnp.asarray(size(step), noise.dtype) * length * noise
 
-        keys = _leaf_keys(key, _NOISE, step, g)
+        noise = draw(jax.random.normal, _key_of(key, _NOISE, step), g)
         if not rows:
-            return jax.tree.map(draw, g, keys)
+            return jax.tree.map(sized, noise)
         if params is None:
             raise ValueError(
                 "gaussian_noise: its noise is relative to the parameters; pass `params` to "
@@ -645,7 +642,7 @@ def gaussian_noise(
             over = tuple(range(w.ndim - 1)) if w.ndim > 1 else None
             return root(jnp.sum(jnp.square(w), axis=over, keepdims=True))
 
-        return jax.tree.map(draw, g, keys, jax.tree.map(length, upcast(params)))
+        return jax.tree.map(sized, noise, jax.tree.map(length, upcast(params)))
 
     return _stateless(displace)
 
@@ -693,7 +690,7 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
         if params is None:
             raise ValueError("stochastic_rounding: it rounds w + eps; pass `params` to `update`.")
 
-        def draw(e, p, key):
+        def rounded(e, p, number):
             dtype = jnp.result_type(p)
             if jnp.finfo(dtype).bits >= 32:
                 return e
@@ -703,10 +700,10 @@ def stochastic_rounding(key: jax.Array) -> optax.GradientTransformationExtraArgs
             far = float(jnp.finfo(dtype).max)  # not every short dtype has an infinity
             other = jnp.nextafter(nearest, jnp.where(error > 0, far, -far).astype(dtype))
             chance = jnp.abs(error) / jnp.abs(upcast(other) - upcast(nearest))
-            pick = jax.random.uniform(key, jnp.shape(e), jnp.float32) < chance
-            return upcast(jnp.where(pick, other, nearest)) - w
+            return upcast(jnp.where(number < chance, other, nearest)) - w
 
-        return jax.tree.map(draw, eps, params, _leaf_keys(key, _ROUNDING, step, eps))
+        drawn = draw(jax.random.uniform, _key_of(key, _ROUNDING, step), eps, jnp.float32)
+        return jax.tree.map(rounded, eps, params, drawn)
 
     return _stateless(displace)
 
