@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import sam_optax
+from sam_optax.training import two_gradient_step
 from tests import repository
 from tests.oracles.problems import directed
 from tests.oracles.rows import METHODS, ROWS
@@ -160,3 +161,20 @@ def test_a_skipped_ascent_is_not_computed(row):
     with_products = [branches for branches in conditionals if any(branches)]
     always, _ = documented(row.name)
     assert with_products == ([] if always else [[0, 8]])
+
+
+@pytest.mark.parametrize("method", [sam_optax.look_sam, sam_optax.single_step_sam])
+def test_a_program_grows_as_its_leaves_do(method):
+    """What decides about all leaves is computed once, and not in the code of each of them."""
+
+    def operations(leaves):
+        params = [jax.ShapeDtypeStruct((40 + i, 4), f32) for i in range(leaves)]
+        tx = method(BASE)
+        step = two_gradient_step(
+            lambda w, x: sum(jnp.sum(jnp.cos(a @ x)) for a in w), tx, skip_nonfinite=True
+        )
+        state = jax.eval_shape(tx.init, params)
+        program = jax.jit(step).lower(params, state, jax.ShapeDtypeStruct((4, 2), f32)).compile()
+        return str(program.as_text()).count(" = ")
+
+    assert operations(30) <= 2.1 * operations(15)
