@@ -202,7 +202,7 @@ class Batch(NamedTuple):
             all_ = origin.shape
             # Of the parts, each knows its own shape alone; which is what a model's mean goes with.
             if not origin.follows and reduce is not reduce_state:
-                return jnp.asarray(origin.value(), x.dtype)
+                return jnp.asarray(origin.value(), x.dtype) if origin.value else reduce_state(x)
             if one.shape == all_.shape:
                 return reduce(x)
             # Of a longer axis, such as one of all examples' tokens, nobody knows the order.

@@ -17,7 +17,7 @@ import optax
 
 from sam_optax._origins import Origin, is_variable, origins
 from sam_optax._tree import accumulator, is_hole
-from sam_optax._types import Policy, SurrogateRule
+from sam_optax._types import TWO_GRADIENTS, OneGradientState, Policy, SurrogateRule
 
 
 def is_array(x: Any) -> bool:
@@ -57,7 +57,10 @@ def check_number(
             return
     elif not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{function}: `{argument}` must be {wrong_kind}, got {value!r}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the floats
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     above = number > low if open_low else number >= low
     below = number < high if open_high else number <= high
     if not (above and below):
@@ -168,7 +171,7 @@ def check_params(params: Any, function: str = "sharpness_aware", whole: bool = T
         )
     _check_modules(params, function)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        where = jax.tree_util.keystr(path)
+        where = jax.tree_util.keystr(path) or "."
         if not (is_array(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
             raise TypeError(
                 f"{function}: parameters must be real floating-point arrays, but `{where}` is a "
@@ -368,7 +371,13 @@ def is_identity(tx: optax.GradientTransformation) -> bool:
 
 
 def check_displacement(perturbation: Any, state: Any, params: Any, function: str) -> None:
-    """Raise where `optax.masked` in a perturbation hands on the gradient as a displacement."""
+    """Raise where a perturbation is a method, or `optax.masked` in it displaces by the gradient."""
+    if find_states(state, OneGradientState, *TWO_GRADIENTS):
+        raise ValueError(
+            f"{function}: the perturbation holds a sharpness-aware or one-gradient method, whose "
+            "updates descend. Give a perturbation, which ascends: one of "
+            "`sam_optax.perturbations`, such as `steepest_ascent(rho)`."
+        )
     if not find_states(state, optax.MaskedState, optax.PartitionState):
         return
 

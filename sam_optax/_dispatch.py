@@ -12,7 +12,7 @@ import jax.core
 import numpy as np
 import optax
 
-from sam_optax._checks import check_alive, is_array
+from sam_optax._checks import check_alive, check_boolean, is_array
 from sam_optax._method import Method
 from sam_optax._plan import checked_loss
 from sam_optax._step import StepMetrics, find_info, plan_for, two_gradients
@@ -93,6 +93,7 @@ def host_dispatched(
         batch_argnums=batch_argnums,
         aux_reduce=aux_reduce,
     )
+    check_boolean("host_dispatched", "donate", donate)
     if plan.axes:
         raise ValueError(
             f"host_dispatched: `tx` averages over the mapped axes {plan.axes}, but the host "

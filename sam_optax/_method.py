@@ -107,7 +107,7 @@ class _Outcome(NamedTuple):
     aux: Any
 
 
-def _check_direction(direction: Any) -> None:
+def _check_direction(direction: Any, gradient: Gradient) -> None:
     """Raise unless a surrogate rule returned what it should."""
     if not isinstance(direction, Direction):
         raise TypeError(
@@ -115,6 +115,7 @@ def _check_direction(direction: Any) -> None:
             f"state), got {type(direction).__name__} in the place of the first. Return "
             "`(sam_optax.surrogates.Direction(descent), state)`."
         )
+    check_like(direction.descent, gradient, "sharpness_aware", "a surrogate rule's direction")
 
 
 class Method(NamedTuple):
@@ -262,7 +263,13 @@ class Method(NamedTuple):
     ) -> tuple[_Outcome, State, State]:
         """The outcome, and the new states of perturbation and policy."""
         seen = punch(here.keep, here.mean)
-        decision, policy_state = self.policy.decide(seen, state.step, state.policy)
+        decided = self.policy.decide(seen, state.step, state.policy)
+        if not (isinstance(decided, tuple) and len(decided) == 2):
+            raise TypeError(
+                "sharpness_aware: a policy's `decide` must return (whether to ascend, state), got "
+                f"{type(decided).__name__}."
+            )
+        decision, policy_state = decided
         decision = decision if ascend is None else ascend
         moved = state.perturbation
         if jax.tree.leaves(moved):  # an average sees every step's gradient, ascended or not
@@ -322,14 +329,14 @@ class Method(NamedTuple):
         direction, moved = self.surrogate.fresh(
             here.mean, gp, state.step, state.surrogate, **self._probe(here, eps)
         )
-        _check_direction(direction)
+        _check_direction(direction, here.mean)
         info = self._info(accumulator(here.params), ascended=True, **measured)
         return _Outcome(direction, moved, info, aux)
 
     def stale(self, here: _Here, state: MethodState) -> _Outcome:
         """A step that does not ascend."""
         direction, moved = self.surrogate.stale(here.mean, state.step, state.surrogate)
-        _check_direction(direction)
+        _check_direction(direction, here.mean)
         measured = {"grad_norm": norm(here.mean)} if self.info else {}
         return _Outcome(
             direction, moved, self._info(accumulator(here.params), **measured), here.aux
@@ -387,6 +394,12 @@ def evaluation_of(
             f"{function}: `update` needs exactly one of `grad_fn=` (params -> gradient) and "
             "`value_and_grad_fn=` (params -> (loss, gradient)); got both."
         )
+    for name, given in (("grad_fn", grad_fn), ("value_and_grad_fn", value_and_grad_fn)):
+        if given is not None and not callable(given):
+            raise TypeError(
+                f"{function}: `{name}` must be a function of the parameters, got "
+                f"{type(given).__name__}. Pass the function itself, and not what it returned."
+            )
     if grad_fn is not None:
         return lambda params: Evaluation(None, grad_fn(params))
     if value_and_grad_fn is None:

@@ -82,6 +82,13 @@ def functional(
 
     graph, chosen, rest = split(node)
     params, rest = nnx.as_pure(chosen).get(0, nnx.State({})), nnx.as_pure(rest)
+    if not jax.tree.leaves(params) and jax.tree.leaves(nnx.state(model)):
+        kind = getattr(wrt, "__name__", wrt)
+        raise ValueError(
+            f"{function}: no variable of the model is a `{kind}`, so that there is nothing to "
+            "perturb or to train. Name the kind of yours with `wrt=`; the forms for plain trees of "
+            "arrays are `sharpness_aware_loss` and `sharpness_aware_value_and_grad`."
+        )
 
     def put_back(tree, copies):
         return jax.tree.map(

@@ -16,12 +16,13 @@ class Origin(NamedTuple):
     Attributes:
         shape: what it looks like.
         follows: whether it depends on the arguments' values.
-        value: ``value()`` computes it, and nothing else, where it does not.
+        value: ``value()`` computes it, and nothing else, where it does not; None where that would
+            be at other parameters than those that were asked for.
     """
 
     shape: Any
     follows: bool
-    value: Callable[[], Any]
+    value: Callable[[], Any] | None
 
 
 def origins(function: Callable, *args: Any) -> Any:

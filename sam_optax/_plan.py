@@ -15,7 +15,7 @@ from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
 from sam_optax._checks import check_boolean, check_number, is_array
 from sam_optax._method import Method
-from sam_optax._origins import origins
+from sam_optax._origins import Origin, origins
 from sam_optax._tree import accumulator, cast_like, upcast
 from sam_optax._types import Estimate, Evaluation, MethodState
 from sam_optax.combinator import SharpnessAware
@@ -303,7 +303,8 @@ class Plan(NamedTuple):
             found, moved, aux = self._grouped(here, (params, state), args, first, out)
             part = self.batch.one(self.batch.cut(args, self.num_groups, "num_groups"))
             clean_aux = self._join(first.aux, clean, params, part, args)
-            aux = self._join(aux, clean, params, part, args) if want_aux else aux
+            if want_aux:
+                aux = self._join(aux, clean, params, part, args, moved=True)
         return found._replace(aux=aux if want_aux else clean_aux), moved, clean_aux
 
     def _grouped(self, function: Callable, whole: tuple, args: tuple, first: Any, out: Any) -> Any:
@@ -326,19 +327,29 @@ class Plan(NamedTuple):
         args: tuple,
         *,
         interleaved: bool = False,
+        moved: bool = False,
     ) -> Any:
-        """``(aux, carried)`` of the whole batch in ``args`` from that of its parts, stacked."""
+        """``(aux, carried)`` of the whole batch in ``args`` from that of its parts, stacked; each
+        of them at parameters of its own if they were ``moved``."""
         if not jax.tree.leaves(stacked):
             return stacked
         if self.aux_reduce is not None and not jax.tree.leaves(stacked[1]):
             return self.aux_reduce(stacked[0]), stacked[1]
         chosen = self.batch.positions(args)
 
-        def on(batch):
+        def on(batch, params=params):
             return evaluate(params, *(batch.get(i, x) for i, x in enumerate(args))).aux
 
         one = jax.eval_shape(on, {i: part[i] for i in chosen})
-        all_ = origins(on, {i: args[i] for i in chosen})
+        whole = {i: args[i] for i in chosen}
+        all_ = origins(on, whole)
+        if moved:
+            all_ = jax.tree.map(
+                lambda x, y: x._replace(value=None) if y.follows else x,
+                all_,
+                origins(on, whole, params),
+                is_leaf=lambda x: isinstance(x, Origin),
+            )
         size = self.batch.size(args)
         rules = (reduce_output, reduce_state)
         joined = [

@@ -127,7 +127,7 @@ def esam_step(
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, StepMetrics]:
-        plan.check_keywords(args, kwargs)
+        (plan.batch if gamma < 1 else plan).check_keywords(args, kwargs)
         losses = checked_loss(per_example_loss_fn, has_aux, kwargs, plan.function, per_example=True)
         clean = differentiated(_mean_of(losses), loss_scale)
 
@@ -215,7 +215,7 @@ def ksam_step(
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, StepMetrics]:
-        plan.check_keywords(args, kwargs)
+        (plan.batch if gamma < 1 else plan).check_keywords(args, kwargs)
         losses = checked_loss(per_example_loss_fn, has_aux, kwargs, plan.function, per_example=True)
         on_part = differentiated(_mean_of(losses), loss_scale)
 

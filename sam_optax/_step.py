@@ -22,8 +22,13 @@ from sam_optax._checks import (
 )
 from sam_optax._plan import At, Loss, Plan, check_loss_scale, differentiated
 from sam_optax._tree import accumulator, all_finite, cast_like, select, upcast
-from sam_optax._types import Evaluation, OneGradientState, SharpnessAwareState, SharpnessInfo
-from sam_optax.bayesian import TWO_GRADIENTS, BayesianState
+from sam_optax._types import (
+    TWO_GRADIENTS,
+    Evaluation,
+    OneGradientState,
+    SharpnessAwareState,
+    SharpnessInfo,
+)
 from sam_optax.combinator import SharpnessAware
 from sam_optax.one_gradient import displaced_params
 
@@ -109,11 +114,12 @@ def check_optimizer(function: str, tx: Any, plan: Plan) -> None:
     for option, wanted in asked.items():
         if wanted and not isinstance(tx, SharpnessAware):
             raise TypeError(
-                f"{function}: {option} needs `tx` to be what `sharpness_aware` or a method "
-                "such as `sam` returned, not a transformation around it. Put what follows the "
-                "ascent into its `base`; in the place of `optax.inject_hyperparams`, give the "
-                "method a schedule; or use `sharpness_aware_value_and_grad`, after which any "
-                "transformation may follow."
+                f"{function}: {option} is about the second gradient of a sharpness-aware method, "
+                "and `tx` is not what `sharpness_aware` or a method such as `sam` returned. A "
+                "one-gradient method and a plain optimizer have none. Around a method, nothing may "
+                "stand: put what follows the ascent into its `base`; in the place of "
+                "`optax.inject_hyperparams`, give the method a schedule; or use "
+                "`sharpness_aware_value_and_grad`, after which any transformation may follow."
             )
 
 
@@ -221,7 +227,8 @@ class Step(NamedTuple):
     def _mean(self, gradient: Any) -> Any:
         """Over the groups, where there are some, and over the axes."""
         if self.plan.num_groups > 1:
-            gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0, dtype=x.dtype), gradient)
+            mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), upcast(gradient))
+            gradient = cast_like(mean, gradient)
         return average(gradient, self.plan.axes)
 
     def finish(
@@ -255,6 +262,7 @@ class Step(NamedTuple):
             if beside is not None:
                 found = found._replace(grads=_plus(found.grads, beside))
             updates, new_state = self.tx.parts.descend(found, method, opt_state, params, extra)
+            watched = found.grads, found.decoupled
         else:
             clean_aux, aux = first.aux, first.aux[0]
             if find_states(opt_state, *TWO_GRADIENTS):
@@ -265,16 +273,15 @@ class Step(NamedTuple):
                 extra["value_and_grad_fn"] = value_and_grad_fn
             tx = with_keywords(self.tx)
             updates, new_state = tx.update(first.gradient, opt_state, params, **extra)
+            watched = updates if "value_and_grad_fn" in extra else ()
         new_params = optax.apply_updates(params, updates)
 
         info = find_info(new_state)
         taken = jnp.ones((), bool)
         if self.skip_nonfinite:
-            taken = all_finite(gradient)
-            if info is not None:
+            taken = all_finite(gradient) & all_finite(watched)
+            if info is not None and "value_and_grad_fn" in extra:
                 taken &= jnp.isfinite(info.perturbed_value) | ~info.ascended
-            elif find_states(new_state, BayesianState):
-                taken &= all_finite(updates)
             new_params = select(taken, new_params, params)
             new_state = select(taken, new_state, opt_state)
         loss = jnp.asarray(loss, accumulator(params))
@@ -329,11 +336,18 @@ def two_gradients(
     """A step that evaluates one loss at both points."""
     check_loss_scale(plan.function, loss_scale)
     evaluate = plan.accumulated(differentiated(loss, loss_scale))
+
+    def alone(params, *args):
+        return loss(params, *args)[0], ((), ())
+
+    # Nobody asks for the second pass's auxiliary output, which takes traces to put together.
+    clean = plan.aux_from == "clean"
+    again = plan.accumulated(differentiated(alone, loss_scale)) if clean else evaluate
     return Step(
         tx,
         plan,
         evaluate,
-        lambda point, _, *args: evaluate(point, *args),
+        lambda point, _, *args: again(point, *args),
         skip_nonfinite,
         extra_args,
     )

@@ -48,7 +48,7 @@ def alike(*lists: list) -> list[list[int]]:
     # than a kernel for each, in building and at every step.
     groups: dict[Any, list[int]] = {}
     for i, leaves in enumerate(zip(*lists, strict=True)):
-        kind = tuple(map(jax.typeof, leaves)) if leaves[0].size <= 4096 else i
+        kind = tuple(map(jax.typeof, leaves)) if leaves[0].size <= 1024 else i
         groups.setdefault(kind, []).append(i)
     return list(groups.values())
 

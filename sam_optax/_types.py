@@ -198,3 +198,22 @@ class Estimate(NamedTuple):
     grads: Gradient
     decoupled: Gradient | None
     info: SharpnessInfo
+
+
+class BayesianState(NamedTuple):
+    """State of `bayesian_sam`. Nothing in it aliases the parameters.
+
+    Attributes:
+        step: i32[], counts every update.
+        momentum: tree like the parameters, float32 at least.
+        precision: s, tree like the parameters, float32 at least. The posterior of the parameters is
+            normal, with variance ``1 / (num_data * s)``.
+    """
+
+    step: jax.Array
+    momentum: Any
+    precision: Any
+
+
+TWO_GRADIENTS = (SharpnessAwareState, BayesianState)
+"""States of the optimizers that take a second gradient."""

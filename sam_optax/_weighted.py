@@ -15,8 +15,7 @@ from sam_optax._checks import find_states
 from sam_optax._plan import Plan, check_loss_scale, checked_loss, differentiated, unscaled
 from sam_optax._step import Step, StepMetrics, plan_for, two_gradients
 from sam_optax._tree import upcast
-from sam_optax._types import Evaluation
-from sam_optax.bayesian import TWO_GRADIENTS
+from sam_optax._types import TWO_GRADIENTS, Evaluation
 from sam_optax.combinator import SharpnessAware
 
 

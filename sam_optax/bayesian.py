@@ -6,7 +6,7 @@ a perturbation and a base.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,7 @@ from sam_optax._axes import average, axis_names
 from sam_optax._checks import check_key, check_number, check_params, check_state, hyperparameter
 from sam_optax._method import Method, evaluation_of
 from sam_optax._tree import cast_like, draw, shifted, upcast
-from sam_optax._types import ScalarOrSchedule, SharpnessAwareState
-
-
-class BayesianState(NamedTuple):
-    """State of `bayesian_sam`. Nothing in it aliases the parameters.
-
-    Attributes:
-        step: i32[], counts every update.
-        momentum: tree like the parameters, float32 at least.
-        precision: s, tree like the parameters, float32 at least. The posterior of the parameters is
-            normal, with variance ``1 / (num_data * s)``.
-    """
-
-    step: jax.Array
-    momentum: Any
-    precision: Any
-
-
-TWO_GRADIENTS = (SharpnessAwareState, BayesianState)
-"""States of the optimizers that take a second gradient."""
+from sam_optax._types import BayesianState, ScalarOrSchedule
 
 
 def _draw(key: jax.Array, step: Any, params: Any, axes: tuple) -> Any:

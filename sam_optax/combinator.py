@@ -40,6 +40,7 @@ from sam_optax._checks import (
 from sam_optax._method import Method, evaluation_of
 from sam_optax._tree import cast_like, prune, scale, select, upcast
 from sam_optax._types import (
+    TWO_GRADIENTS,
     Estimate,
     Evaluation,
     MethodState,
@@ -51,7 +52,6 @@ from sam_optax._types import (
     State,
     SurrogateRule,
 )
-from sam_optax.bayesian import TWO_GRADIENTS
 from sam_optax.policies import always
 from sam_optax.surrogates import perturbed_gradient
 

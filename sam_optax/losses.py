@@ -32,7 +32,7 @@ class _NoStep:
             "for the step; pass the step count as `step=`."
         )
 
-    __jax_array__ = __array__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
+    __array__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __pow__ = __rpow__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
@@ -190,7 +190,8 @@ def sharpness_aware_loss(
             flat = jax.tree.leaves(tree)
             return [flat[i] for i in places]
 
-        _check_method(function, chosen, tree_of(params))
+        if params:  # a Python number is none, and gets no gradient
+            _check_method(function, chosen, tree_of(params))
 
         def traced(params, others):
             here, keywords = rebuilt(params, others)
@@ -265,7 +266,12 @@ def sharpness_aware_loss(
 
             state = chosen.init(tree)._replace(step=_NoStep() if step is None else step)
             clean = Evaluation(None, tree_of(gradient))
-            return chosen.direction(tree, state, clean, look).descent
+            try:
+                return chosen.direction(tree, state, clean, look).descent
+            except (TypeError, ValueError) as error:
+                if step is None and "_NoStep" in str(error):  # in JAX's words
+                    _NoStep()._refuse()
+                raise
 
         call.defjvp(rule, symbolic_zeros=True)
         value, aux = call(params, (others, closed.consts), own.consts, step, loss_scale)

@@ -19,12 +19,12 @@ import optax
 from sam_optax._checks import check_key, check_like, check_number
 from sam_optax._tree import draw, upcast
 from sam_optax._types import Gradient, Params
-from sam_optax.diagnostics._loss import num_batches, scalar
+from sam_optax.diagnostics._loss import check_params, num_batches, scalar
 
 
 def _largest(scores: Any, count: Any) -> Any:
     """A tree of bools, True for exactly ``count`` of the largest scores of all leaves together."""
-    leaves, structure = jax.tree.flatten(scores)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, scores))
     if not leaves:
         return scores
     flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
@@ -46,7 +46,7 @@ def _share(share: Any, size: Any) -> Any:
 
 
 def _size(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
+    return sum(jnp.size(x) for x in jax.tree.leaves(tree))
 
 
 def fisher_mask(
@@ -89,6 +89,8 @@ def fisher_mask(
         the base optimizer's, and makes the first one after it.
     """
     check_number("fisher_mask", "share", share, high=1, open_low=True, schedule=False)
+    if jax.tree.leaves(params):  # of nothing, the mask is nothing
+        check_params("fisher_mask", params)
     if not jax.tree.leaves(examples):
         raise ValueError("fisher_mask: pass the examples whose gradients are to be squared.")
     num_batches("fisher_mask", examples, "examples")
@@ -155,7 +157,8 @@ def dynamic_mask(
         return _largest(random, total)
     check_like(mask, grads, "dynamic_mask", "mask")
     mask = jax.tree.map(lambda m: jnp.asarray(m) != 0, mask)
-    grown = jnp.minimum(_share(drop, total), size - total)
+    left_out = size - sum(map(jnp.sum, jax.tree.leaves(mask)))
+    grown = jnp.minimum(_share(drop, total), left_out)
     kept = total - grown
     # Below every score are those that are not asked for.
     active = jax.tree.map(lambda m, g: jnp.where(m, jnp.abs(g), -1), mask, upcast(grads))

@@ -44,8 +44,7 @@ from sam_optax._checks import (
     with_keywords,
 )
 from sam_optax._tree import all_finite, cast_like, fill, is_hole, punch, select, shifted, upcast
-from sam_optax._types import OneGradientState, Params, ScalarOrSchedule
-from sam_optax.bayesian import TWO_GRADIENTS
+from sam_optax._types import TWO_GRADIENTS, OneGradientState, Params, ScalarOrSchedule
 from sam_optax.perturbations import gaussian_noise, steepest_ascent
 
 

@@ -18,6 +18,7 @@ ValueError that names function, argument, value and range; of another kind or sh
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from sam_optax._checks import (
     check_parts,
     check_scale,
     hyperparameter,
+    is_array,
     resolve_mask,
 )
 from sam_optax._tree import (
@@ -366,7 +368,7 @@ def subtract_ema(
     if not (isinstance(sigma, str) and sigma == "cosine"):
         share = hyperparameter("subtract_ema", "sigma", sigma, low=-float("inf"))
     kept = hyperparameter("subtract_ema", "decay", decay, high=1)
-    if ema not in ("updated", "previous"):
+    if not isinstance(ema, str) or ema not in ("updated", "previous"):
         raise ValueError(f'subtract_ema: `ema` must be "updated" or "previous", got {ema!r}.')
     updated = ema == "updated"
 
@@ -558,7 +560,7 @@ def random_mask(
     """
     check_key("random_mask", key)
     chance = hyperparameter("random_mask", "beta", beta, high=1, open_low=True)
-    if granularity not in ("element", "tensor"):
+    if not isinstance(granularity, str) or granularity not in ("element", "tensor"):
         raise ValueError(
             f'random_mask: `granularity` must be "element" or "tensor", got {granularity!r}.'
         )
@@ -857,8 +859,8 @@ def _nth_smallest(x: jax.Array, n: jax.Array) -> jax.Array:
         above = found | (kind(1) << (highest - i).astype(kind))
         return jnp.where(jnp.sum(bits < above, dtype=jnp.int32) <= n, above, found)
 
-    # Not plainly 0: it varies over the mapped axes that x varies over.
-    start = jnp.minimum(jnp.min(bits), kind(0))
+    # Not plainly 0: it varies over the mapped axes that x and n vary over.
+    start = jnp.minimum(jnp.min(bits), kind(0)) + 0 * n.astype(kind)
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, highest + 1, refine, start), x.dtype)
 
 
@@ -913,9 +915,11 @@ def keep_largest(
             size = jnp.abs(x - jnp.mean(x) if center else x)
             rest = jnp.asarray(1 - part, x.dtype)
             # Of two elements between which the quantile lies, the larger is the first to stay. A
-            # product such as 0.6 * 25 may be a little above the integer that it means.
-            place = jnp.ceil(rest * (x.size - 1) - 4 * x.size * jnp.finfo(x.dtype).eps)
-            bound = _nth_smallest(size, place.astype(jnp.int32))
+            # product such as 0.3 * 10 may be a little above the integer that it means.
+            place = (1 - part) * (x.size - 1)
+            known = not is_array(part)
+            place = math.ceil(round(place, 9)) if known else jnp.ceil(place - 2e-7 * x.size)
+            bound = _nth_smallest(size, jnp.asarray(place, jnp.int32))
             # XLA may round the two sizes differently.
             small = (rest > 0) & (size < bound) & jnp.isfinite(jnp.max(size))
             return jnp.where(small, 0, x)

@@ -190,6 +190,10 @@ def slice_coordinates(points: Any, params: Any, first: Any, second: Any) -> jax.
     check_like(second, params, function, "`second`")
     check_like(jax.tree.map(lambda x: x[0], points), params, function, "every one of `points`")
     flat, _ = ravel_pytree(upcast(params))
-    plane = jnp.stack([ravel_pytree(upcast(d))[0] for d in (first, second)])
+    plane = jnp.stack([ravel_pytree(upcast(d))[0] for d in (first, second)], axis=1)
     away = jax.vmap(lambda point: ravel_pytree(upcast(point))[0])(points) - flat
-    return jnp.linalg.solve(plane @ plane.T, plane @ away.T).T
+    size = jnp.max(jnp.abs(plane), axis=0)
+    # Not by the normal equations, which square how nearly parallel the two are.
+    across, along = jnp.linalg.qr(plane / size)
+    with jax.default_matmul_precision("highest"):
+        return jax.scipy.linalg.solve_triangular(along, across.T @ away.T).T / size

@@ -123,6 +123,9 @@ def gradient_norm_statistics(
         batches,
     )
     levels = (jnp.arange(count, dtype=squares.dtype) + 0.5) / count
+    # Its squares, fourth powers of a norm, leave float32 long before the norm does.
+    unit = jnp.where(jnp.max(squares) > 0, jnp.max(squares), 1)
+    deviation = unit * jnp.std(squares / unit)
     return GradientNormStatistics(
-        squares, jnp.mean(squares), jnp.std(squares), jax.scipy.special.ndtri(levels)
+        squares, jnp.mean(squares), deviation, jax.scipy.special.ndtri(levels)
     )

@@ -24,6 +24,7 @@ lib: Any = sam_optax
 sam = lib.sam
 KEY = jax.random.key(0)
 PARAMS = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+BAYES = sam_optax.bayesian_sam(0.1, jax.random.key(0), 10)
 part = functools.partial
 
 # What is called, the argument, a value outside its range, and the range as the message has it.
@@ -172,6 +173,11 @@ def identity(params):
     [
         ({"params": None, "grad_fn": identity}, ValueError, r"pass them.*grad_fn=\.\.\."),
         ({}, ValueError, r"exactly one of `grad_fn=`.*`value_and_grad_fn=`.*got neither"),
+        (
+            {"grad_fn": PARAMS},
+            TypeError,
+            r"`grad_fn` must be a function of the parameters, got dict",
+        ),
         ({"gradient_fn": identity}, ValueError, r"got neither, but `gradient_fn=`\."),
         (
             {"grad_fn": identity, "value_and_grad_fn": lambda p: (1.0, p)},
@@ -366,6 +372,11 @@ MISPLACED = [
     (lambda: sam(BASE, info=None), r"`info` must be True or False, got None"),
     (lambda: sam(sam(BASE)).init(PARAMS), r"`base` holds another sharpness-aware method"),
     (lambda: sam(BAYES).init(PARAMS), r"`base` holds another sharpness-aware method"),
+    *(
+        (lambda build=build, held=held: build(BASE, held).init(PARAMS), "perturbation holds a")
+        for build in (sharpness_aware, lib.one_gradient)
+        for held in (sam(BASE), BAYES, lib.single_step_sam(BASE))
+    ),
     (lambda: lib.momentum_sam(BAYES).init(PARAMS), r"one_gradient: `base` holds another"),
     (
         lambda: twice(optax.chain(sam(BASE), sam(BASE))),
@@ -427,7 +438,6 @@ MISPLACED = [
     ),
 ]
 KERNEL = {"kernel": True, "bias": False}
-BAYES = sam_optax.bayesian_sam(0.1, KEY, 10)
 BARE = surrogates.SurrogateRule(
     lambda params: (), lambda g, gp, step, state: (gp, state), lambda g, step, state: (g, state)
 )

@@ -308,8 +308,11 @@ def test_the_largest_elements_are_those_of_numpy():
             np.testing.assert_array_equal(np.asarray(found[name]) != 0, wanted != 0)
     same, _ = keep_largest(0.5).update(jnp.ones((2, 2)), optax.EmptyState())
     assert untyped(same).all()
-    ladder, _ = keep_largest(0.4).update(jnp.arange(26.0)[None], optax.EmptyState())
-    assert untyped(ladder).nonzero()[1].tolist() == list(range(15, 26))  # 0.6 * 25 is 15
+    for share, size, kept in ((0.7, 11, 8), (0.4, 26, 11), (1e-4, 1_000_000, 100)):
+        ladder = jnp.arange(float(size))[None]
+        for given in (share, jnp.float32(share))[: 1 + (size < 100)]:
+            found, _ = keep_largest(given).update(ladder, optax.EmptyState())
+            assert untyped(found).nonzero()[1].tolist() == list(range(size - kept, size))
 
 
 def test_the_largest_elements_of_a_matrix_on_several_devices():
@@ -384,6 +387,14 @@ def test_shares_of_a_whole_number_are_exact():
     first = sam_optax.dynamic_mask(jax.random.key(0), x[0], 0.8)
     new = sam_optax.dynamic_mask(jax.random.key(0), x[0], 0.8, mask=first, drop=1.0)
     assert new.sum() == 80
+    for old in (90, 100):  # a sparsity that grows
+        assert (
+            sam_optax.dynamic_mask(
+                jax.random.key(0), x[0], 0.8, mask=x[0] * 0 + (jnp.arange(100) < old)
+            ).sum()
+            == 80
+        )
+    assert sam_optax.dynamic_mask(jax.random.key(0), {"a": 0.0, "b": x[0]}, 0.5)["b"].sum() >= 49
     for empty in (
         sam_optax.dynamic_mask(jax.random.key(0), {}),
         sam_optax.fisher_mask(lambda w, x: jnp.mean(x), {}, x),
@@ -399,6 +410,10 @@ def test_shares_of_a_whole_number_are_exact():
             "fisher_mask: `share`",
         ),
         (lambda: sam_optax.fisher_mask(squared_error, BATCH[0]), "fisher_mask: pass the examples"),
+        (
+            lambda: sam_optax.fisher_mask(untyped(BATCH[0]), untyped(squared_error), 1.0),
+            "The loss comes first",
+        ),
         (lambda: sam_optax.dynamic_mask(jax.random.key(0), BATCH[0], 0.5, drop=2), "`drop`"),
         (
             lambda: sam_optax.fisher_mask(squared_error, *BATCH[:2], BATCH[2][:1]),
@@ -415,7 +430,7 @@ def test_shares_of_a_whole_number_are_exact():
     ],
 )
 def test_masks_refuse(call, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         call()
 
 

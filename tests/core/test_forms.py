@@ -265,8 +265,10 @@ class TestLossForm:
         alternating = Method(steepest_ascent(0.5), policy=every(2))
         drawn = ss_sam(optax.identity(), jax.random.key(0), rho=0.5, probability=0.999)
         clean, sharp = jax.grad(self.loss)(self.w, self.x), jax.grad(self.sharp())(self.w, self.x)
+        falling = sam(optax.identity(), rho=optax.cosine_decay_schedule(0.5, 10))
         for method, steps in (
             (scheduled, {2: clean, 3: sharp}),
+            (falling, {0: sharp, 10: clean}),
             (alternating, {1: clean, 2: sharp}),
         ):
             with pytest.raises(ValueError, match="`step=`"):

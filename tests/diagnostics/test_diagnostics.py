@@ -406,6 +406,11 @@ def test_gradient_noise_against_numpy(float64):
     squares = np.sum(rows**2, axis=1)
     np.testing.assert_allclose(found.squared_norms, squares, rtol=1e-12)
     np.testing.assert_allclose([found.mean, found.std], [squares.mean(), squares.std()])
+    for size in (1e-10, 1e10):  # the fourth power of a norm is no float32
+        lines = diagnostics.gradient_norm_statistics(
+            lambda w, x: w * x, jnp.float32(1), size * jnp.float32([1, 2, 3])
+        )
+        np.testing.assert_allclose(lines.std, size**2 * np.std([1, 4, 9]), rtol=1e-5)
     normal = statistics.NormalDist()
     quantiles = [normal.inv_cdf((i + 0.5) / 10) for i in range(10)]
     np.testing.assert_allclose(found.normal_quantiles, quantiles, rtol=1e-9, atol=1e-12)
@@ -481,6 +486,15 @@ def test_slice_coordinates(float64):
     )(coordinates)
     found = diagnostics.slice_coordinates(points, params, first, second)
     np.testing.assert_allclose(found, coordinates, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e22])
+def test_slice_coordinates_of_directions_that_are_nearly_parallel(scale):
+    first = scale * jnp.array([1.0, 0.3, 0.7])
+    second = first + scale * 1e-3 * jnp.array([0.2, 1.0, -0.5])
+    points = (0.25 * first + 0.5 * second)[None]
+    found = diagnostics.slice_coordinates(points, jnp.zeros(3), first, second)
+    np.testing.assert_allclose(found, [[0.25, 0.5]], atol=2e-4)
 
 
 def test_mean_over_batches(float64):

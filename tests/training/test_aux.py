@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +168,22 @@ def test_a_loss_for_parts_of_one_size():
     step = two_gradient_step(loss, TX, has_aux=True, num_microbatches=4, aux_reduce=jnp.sum)
     aux = jax.jit(step)(W, TX.init(W), X)[2].aux
     np.testing.assert_allclose(aux, jnp.sum(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+def test_what_depends_on_parameters_alone_is_of_the_pass_that_was_asked_for(options):
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2), {"decay": jnp.sum(w**2), "positive": jnp.sum(w > 0)}
+
+    x = jnp.ones_like(X)  # all parts displace alike
+    found, whole = (
+        jax.jit(two_gradient_step(loss, TX, has_aux=True, aux_from="perturbed", **given))(
+            W, TX.init(W), x
+        )[2].aux
+        for given in (options, {})
+    )
+    assert whole["decay"] != jnp.sum(W**2)
+    chex.assert_trees_all_close(found, whole, rtol=1e-5)
 
 
 def test_what_a_loop_hands_on_depends_on_what_comes_in_later():

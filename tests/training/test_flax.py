@@ -319,6 +319,20 @@ def test_nnx_variables_that_the_loss_adds_are_refused():
         nnx_step(model, optimizer, lambda m, x: jnp.mean(m(x)), jnp.ones((4, 2)))
 
 
+def test_a_model_without_a_variable_of_that_kind():
+    """Nothing would be perturbed, and in the gradient form nothing trained."""
+    model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 2))
+    parts: Any = nnx.as_pure(nnx.state(model))
+
+    def loss(model, x):
+        return jnp.mean(x @ model["kernel"])
+
+    for given, wrt, kind in ((model, nnx.LoRAParam, "LoRAParam"), (dict(parts), None, "Param")):
+        sharp = sam_optax.nnx_sharpness_aware_loss(loss, sam_optax.sam(BASE), wrt=wrt)
+        with pytest.raises(ValueError, match=f"no variable of the model is a `{kind}`.*wrt="):
+            sharp(given, x)
+
+
 def test_nnx_optimizer_over_some_variables_only():
     """`wrt` a LoRA adapter: neither state nor eps for the frozen kernel, which stays bitwise."""
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))

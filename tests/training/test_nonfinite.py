@@ -10,6 +10,7 @@ import pytest
 
 import sam_optax
 from sam_optax import policies, sharpness_aware
+from sam_optax._tree import upcast
 from sam_optax.perturbations import steepest_ascent, subtract_ema, variance_suppressed
 from sam_optax.training import two_gradient_step
 from tests.oracles.rows import untyped
@@ -165,3 +166,53 @@ def test_a_bad_gradient_stays_visible(part):
     eps, after = part.update(jnp.array([jnp.nan, 3.0]), state)
     assert np.isnan(eps[0]) and np.isfinite(eps[1])
     assert after.ema[0] == state.ema[0] and after.ema[1] == state.ema[1] * 0.5 + 1.5
+
+
+def step_of(loss, tx, params, *args, **options):
+    step = jax.jit(two_gradient_step(loss, tx, skip_nonfinite=True, **options))
+    return step(params, tx.init(params), *args)
+
+
+@pytest.mark.parametrize("method", [sam_optax.cr_sam, sam_optax.gam])
+def test_a_third_gradient_that_is_not_finite_is_skipped(method):
+    """On one side of the clean parameters alone, where these rules look, too."""
+    w = jnp.array([0.3])
+    slope: Any = {"cr_sam": lambda w: w < 0.2, "gam": lambda w: w > 0.9}[method.__name__]
+    tx = method(BASE, rho=0.5)
+
+    def loss(w):
+        return jnp.sum(w**2 + spoiled(w, jnp.where(slope(w), jnp.nan, 0.0)))
+
+    new, state, metrics = step_of(loss, tx, w)
+    assert np.isfinite(untyped(metrics.perturbed_loss))
+    assert metrics.skipped
+    assert_same((new, state), (w, tx.init(w)))
+
+
+def test_a_direction_that_is_out_of_range_is_skipped():
+    """Both gradients are finite; nine times one less eight times the other is not, in float16."""
+    w = jnp.ones(2, jnp.float16)
+    tx = sam_optax.coupled_wsam(optax.sgd(1e-3), rho=1.0, gamma=0.9)
+    new, _, metrics = step_of(lambda w: jnp.sum(jnp.square(100 * upcast(w))), tx, w)
+    assert metrics.skipped
+    assert_same(new, w)
+
+
+def test_a_loss_that_is_out_of_range_is_not_skipped():
+    """Its gradient, of which alone that is promised, is in range."""
+    w, x = jnp.ones(3, jnp.float16), jnp.full((8, 3), 3000.0, jnp.float16)
+    new, _, metrics = step_of(lambda w, x: jnp.sum(x @ w), sam_optax.sam(optax.sgd(1e-5)), w, x)
+    assert not np.isfinite(untyped(metrics.loss))
+    assert not metrics.skipped
+    np.testing.assert_allclose(upcast(new), 1 - 1e-5 * 24_000, rtol=1e-3)
+
+
+def test_groups_are_averaged_in_float32():
+    """The sum of four gradients of 30,000 is no float16, their mean is."""
+    w, x = jnp.ones(3, jnp.float16), jnp.full((8, 3), 30_000.0)
+    tx = sam_optax.ae_sam(optax.sgd(1e-5), total_steps=10)
+    one, four = (
+        step_of(lambda w, x: jnp.mean(x @ upcast(w)), tx, w, x, num_groups=n) for n in (1, 4)
+    )
+    assert not four[2].skipped
+    assert_same(four[0], one[0])

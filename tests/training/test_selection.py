@@ -214,3 +214,23 @@ def test_selection_saves_what_the_docstrings_say():
         ksam = flops(ksam_step(per_example, tx, gamma=gamma)) / base
         np.testing.assert_allclose(esam, 1 + 1 / 3 + gamma, rtol=0.06)
         np.testing.assert_allclose(ksam, 1 / 3 + 2 * gamma, rtol=0.06)
+
+
+@pytest.mark.parametrize("make", [esam_step, ksam_step])
+def test_a_part_of_the_batch_by_keyword_is_refused(make):
+    """It would stay whole beside the selected examples, and be broadcast over a single one."""
+    params, (x, y), tx = start()[1], batch(3), sam_optax.sam(optax.sgd(RATE))
+
+    def by_keyword(params, x, *, y):
+        return losses(params, x, y)
+
+    with pytest.raises(ValueError, match=r"keyword argument `\['y'\]` has the batch's leading"):
+        make(by_keyword, tx, gamma=0.125)(params, tx.init(params), x, y=y)
+    whole, positional = (
+        step(params, tx.init(params), *args, **kwargs)[0]
+        for step, args, kwargs in (
+            (make(by_keyword, tx, gamma=1), (x,), {"y": y}),
+            (make(losses, tx, gamma=1), (x, y), {}),
+        )
+    )
+    assert_close(whole, positional)
