@@ -221,7 +221,9 @@ def ksam_step(
 
         def on_hard(point, each, args):
             keep = _share_of(gamma, each, args, plan.batch)
-            return on_part(point, *plan.batch.take_largest(args, each, keep))
+            if keep < len(each):
+                args = plan.batch.take_largest(args, each, keep)
+            return on_part(point, *args)
 
         def clean(point, *args):
             each, (aux, _) = losses(point, *args)
