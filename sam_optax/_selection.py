@@ -93,7 +93,10 @@ def esam_step(
         ValueError, TypeError: ``gamma`` outside (0, 1]; losses that are not one per example.
 
     Cost: a gradient, a forward pass at w + eps, and a gradient on ceil(gamma b) examples: with a
-    backward pass of two forward passes, 1 + 1/3 + gamma of the base step.
+    backward pass of two forward passes, 1 + 1/3 + gamma of the base step. A method that looks at
+    more points (`multi_step_sam`, `r_sam`, `cr_sam`, `gam`) pays the last two at each of them, **on
+    examples that are selected anew there**: CR-SAM's and GAM's differences are then of gradients of
+    two losses. `ksam_step` selects once.
 
     Reduces to: `two_gradient_step` at ``gamma=1``.
 

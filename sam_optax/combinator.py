@@ -342,8 +342,9 @@ def sharpness_aware(
     Args:
         base: any Optax transformation; it sees d and the unperturbed parameters. Whatever follows
             the ascent (clipping, weight decay, momentum, learning rate) belongs in it.
-        perturbation: Optax transformation from the clean gradient to eps, see
-            `sam_optax.perturbations`; ``optax.chain`` and ``optax.partition`` of such work too.
+        perturbation: Optax transformation from the clean gradient to eps, which ascends, unlike
+            an optimizer; see `sam_optax.perturbations`. ``optax.chain`` and ``optax.partition`` of
+            such work too.
         surrogate: what to descend along, see `sam_optax.surrogates`.
         policy: when to ascend, see `sam_optax.policies`.
         learning_rate: for surrogates with a decoupled term (`weight_decoupled`) around a closed
@@ -352,7 +353,8 @@ def sharpness_aware(
             the base. Where it can be seen that they would part ways (frozen leaves, parameter
             groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``, a
             rate that Optax's optimizers find by themselves), that is an error; a line search scales
-            the rest alone, and a rate that somebody else's base changes cannot be seen.
+            the rest alone, and a rate that `optax.polyak_sgd` or somebody else's base changes
+            cannot be seen. Without a decoupled term it does nothing.
         mask: which leaves are perturbed: a tree of bools like the parameters or a prefix of it,
             or a function from the parameters to such a tree; None for all. The others get eps = 0
             and are left out of its norm; the base optimizer updates them all the same.

@@ -6,7 +6,7 @@ r"""One gradient a step: the gradient just seen displaces the next evaluation.
     base          any Optax transformation, fed h, at w: w moves
     perturbation  (h, w) -> eps                where the next step's gradient is taken
 
-Every perturbation of the library is so a method at the price of plain training, in trainers that
+Every perturbation that takes no gradient of its own is so a method of one, in trainers that
 never heard of a second gradient.
 
 Accuracies in the docstrings below are of ``examples/rho_sweep.py`` (scikit-learn's digits, 40 %

@@ -18,7 +18,8 @@ w + eps; what a method needs more, it says under Cost. Between steps SAM stores 
 `SharpnessInfo.cosine`: one more copy where its rule does not do so anyway.
 
 Where "When" speaks of this library's runs, they are those of ``examples/papers/RESULTS.md``, with
-their settings; numbers of papers name the table.
+their settings, but for the radii and options of SAGM, LE-SAM and XSAM that are named there; numbers
+of papers name the table.
 
 In formulas :math:`g_p = \nabla L(w + \epsilon)`, :math:`\hat u = u / \lVert u \rVert_2`, and the
 base optimizer descends along d. Norms and inner products run over whole trees.
