@@ -53,19 +53,18 @@ def alike(*lists: list) -> list[list[int]]:
     return list(groups.values())
 
 
-def summed(term: Callable, dtype: Any, *lists: list) -> jax.Array:
-    """Sum of ``term(*leaves)`` over all elements of all leaves."""
+def summed(value: Callable, dtype: Any, *lists: list) -> jax.Array:
+    """Sum of ``value(*leaves)``, a number, over all leaves; or over stacks of small ones."""
 
     def of(places):
         one, alone = [x[places[0]] for x in lists], len(places) == 1
         leaves = one if alone else [jnp.stack([x[i] for i in places]) for x in lists]
-        terms = jax.lax.convert_element_type(term(*leaves), dtype)
-        return jax.lax.reduce_sum(terms, range(terms.ndim))
+        return jax.lax.convert_element_type(value(*leaves), dtype)
 
-    sums = jnp.array([of(places) for places in alike(*lists)], dtype)
+    values = jnp.array([of(places) for places in alike(*lists)], dtype)
     # XLA takes this sum apart into a chain of additions: good for the small problem that becomes
     # one loop, but many leaves then compile more slowly.
-    return jnp.sum(sums if len(sums) <= 32 else jax.lax.optimization_barrier(sums))
+    return jnp.sum(values if len(values) <= 32 else jax.lax.optimization_barrier(values))
 
 
 def inner(a: Any, b: Any) -> jax.Array:
@@ -75,7 +74,10 @@ def inner(a: Any, b: Any) -> jax.Array:
     def leaves(tree):
         return [jax.lax.convert_element_type(x, dtype) for x in jax.tree.leaves(tree)]
 
-    return summed(jnp.multiply, dtype, leaves(a), leaves(b))
+    def product(x, y):
+        return jax.lax.reduce_sum(x * y, range(x.ndim))
+
+    return summed(product, dtype, leaves(a), leaves(b))
 
 
 def square(tree: Any) -> jax.Array:
@@ -149,7 +151,7 @@ def all_finite(tree: Any) -> jax.Array:
     """bool[], whether no float leaf holds a NaN or an infinity."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    lost = summed(lambda x: ~jnp.isfinite(x), jnp.float32, floats)
+    lost = summed(lambda x: jnp.any(~jnp.isfinite(x)), jnp.float32, floats)
     return jnp.sqrt(lost) == 0  # a root for the reason that `root` gives
 
 
