@@ -114,8 +114,8 @@ def check_optimizer(function: str, tx: Any, plan: Plan) -> None:
     for option, wanted in asked.items():
         if wanted and not isinstance(tx, SharpnessAware):
             raise TypeError(
-                f"{function}: {option} is about the second gradient of a sharpness-aware method, "
-                "and `tx` is not what `sharpness_aware` or a method such as `sam` returned. A "
+                f"{function}: {option} needs the second gradient of a sharpness-aware method, and "
+                "`tx` is not what `sharpness_aware` or a method such as `sam` returned. A "
                 "one-gradient method and a plain optimizer have none. Around a method, nothing may "
                 "stand: put what follows the ascent into its `base`; in the place of "
                 "`optax.inject_hyperparams`, give the method a schedule; or use "
