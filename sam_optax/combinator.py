@@ -353,7 +353,7 @@ def sharpness_aware(
             the base. Where it can be seen that they would part ways (frozen leaves, parameter
             groups, injected rates, ``MultiSteps``, ``reduce_on_plateau``, ``apply_if_finite``, a
             rate that Optax's optimizers find by themselves), that is an error; a line search scales
-            the rest alone, and a rate that `optax.polyak_sgd` or somebody else's base changes
+            the rest alone, and a rate that ``optax.polyak_sgd`` or somebody else's base changes
             cannot be seen. Without a decoupled term it does nothing.
         mask: which leaves are perturbed: a tree of bools like the parameters or a prefix of it,
             or a function from the parameters to such a tree; None for all. The others get eps = 0
