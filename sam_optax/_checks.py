@@ -307,6 +307,13 @@ def check_boolean(function: str, argument: str, value: Any) -> None:
         raise TypeError(f"{function}: `{argument}` must be True or False, got {value!r}.")
 
 
+def check_word(function: str, argument: str, value: Any, *words: str) -> None:
+    """Raise unless this is one of some words."""
+    if not isinstance(value, str) or value not in words:
+        wanted = " or ".join(f'"{word}"' for word in words)
+        raise ValueError(f"{function}: `{argument}` must be {wanted}, got {value!r}.")
+
+
 def check_scale(function: str, scale: Any) -> None:
     """Raise unless an elementwise scale is a function of the parameters, or None."""
     if scale is not None and not callable(scale):

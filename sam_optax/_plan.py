@@ -13,7 +13,7 @@ import optax
 
 from sam_optax._axes import GROUPS, check_shard, tracked, vary, varying
 from sam_optax._batch import Batch, reduce_output, reduce_state
-from sam_optax._checks import check_boolean, check_number, is_array
+from sam_optax._checks import check_boolean, check_number, check_word, is_array
 from sam_optax._method import Method
 from sam_optax._origins import Origin, origins
 from sam_optax._tree import accumulator, cast_like, upcast
@@ -176,10 +176,7 @@ class Plan(NamedTuple):
         aux_reduce: Callable[[Any], Any] | None = None,
     ) -> Plan:
         """Checked, from what a user gave."""
-        if aux_from not in ("clean", "perturbed"):
-            raise ValueError(
-                f'{function}: `aux_from` must be "clean" or "perturbed", got {aux_from!r}.'
-            )
+        check_word(function, "aux_from", aux_from, "clean", "perturbed")
         check_number(function, "num_groups", num_groups, low=1, integer=True)
         check_number(function, "num_microbatches", num_microbatches, low=1, integer=True)
         if aux_reduce is not None and not callable(aux_reduce):
