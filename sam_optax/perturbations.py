@@ -33,6 +33,7 @@ from sam_optax._checks import (
     check_number,
     check_parts,
     check_scale,
+    check_word,
     hyperparameter,
     is_array,
     resolve_mask,
@@ -368,8 +369,7 @@ def subtract_ema(
     if not (isinstance(sigma, str) and sigma == "cosine"):
         share = hyperparameter("subtract_ema", "sigma", sigma, low=-float("inf"))
     kept = hyperparameter("subtract_ema", "decay", decay, high=1)
-    if not isinstance(ema, str) or ema not in ("updated", "previous"):
-        raise ValueError(f'subtract_ema: `ema` must be "updated" or "previous", got {ema!r}.')
+    check_word("subtract_ema", "ema", ema, "updated", "previous")
     updated = ema == "updated"
 
     def displace(g, old, new, step):
@@ -560,10 +560,7 @@ def random_mask(
     """
     check_key("random_mask", key)
     chance = hyperparameter("random_mask", "beta", beta, high=1, open_low=True)
-    if not isinstance(granularity, str) or granularity not in ("element", "tensor"):
-        raise ValueError(
-            f'random_mask: `granularity` must be "element" or "tensor", got {granularity!r}.'
-        )
+    check_word("random_mask", "granularity", granularity, "element", "tensor")
 
     def displace(g, params, step, **extra_args):
         share = chance(step)
@@ -913,10 +910,10 @@ def keep_largest(
             if x.ndim < 2 or not x.size:
                 return x
             size = jnp.abs(x - jnp.mean(x) if center else x)
-            rest = jnp.asarray(1 - part, x.dtype)
+            rest = 1 - part
             # Of two elements between which the quantile lies, the larger is the first to stay. A
             # product such as 0.3 * 10 may be a little above the integer that it means.
-            place = (1 - part) * (x.size - 1)
+            place = rest * (x.size - 1)
             known = not is_array(part)
             place = math.ceil(round(place, 9)) if known else jnp.ceil(place - 2e-7 * x.size)
             bound = _nth_smallest(size, jnp.asarray(place, jnp.int32))
