@@ -232,7 +232,7 @@ def reduce_output(x: jax.Array) -> jax.Array:
 
 
 def reduce_state(x: jax.Array) -> jax.Array:
-    """Of a model's variable: running statistics averaged; counters and keys moved alike."""
+    """Of a model's variable, or a gradient: floats averaged; counters and keys moved alike."""
     if jnp.issubdtype(x.dtype, jnp.inexact):
         wide = jnp.promote_types(x.dtype, accumulator(x))
         return jnp.mean(x, axis=0, dtype=wide).astype(x.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from sam_optax._axes import average
+from sam_optax._batch import reduce_state
 from sam_optax._checks import (
     check_alive,
     check_boolean,
@@ -227,8 +228,7 @@ class Step(NamedTuple):
     def _mean(self, gradient: Any) -> Any:
         """Over the groups, where there are some, and over the axes."""
         if self.plan.num_groups > 1:
-            mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), upcast(gradient))
-            gradient = cast_like(mean, gradient)
+            gradient = jax.tree.map(reduce_state, gradient)
         return average(gradient, self.plan.axes)
 
     def finish(
